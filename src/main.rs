@@ -1,0 +1,3 @@
+//! The `mica` program.
+
+fn main() {}
