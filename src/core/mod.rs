@@ -3,4 +3,17 @@
 //! Nothing here reads a clock, draws randomness, touches a file or waits. Time and serial numbers come in as
 //! arguments. The one exception is the nonce inside a signature, which ring insists on drawing itself.
 
+pub mod bundle;
+pub mod certificate;
+pub mod chain;
+mod check;
+pub mod csr;
+mod der;
+pub mod issuer;
+pub mod key;
+pub mod lifetime;
+pub mod pem;
+pub mod plan;
+pub mod profile;
+pub mod rotation;
 pub mod spiffe;

@@ -83,14 +83,8 @@ impl TrustDomain {
         if name.is_empty() {
             return Err(Error::EmptyTrustDomain);
         }
-        if let Some(found) = name
-            .chars()
-            .find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '.' | '-' | '_'))
-        {
-            return Err(Error::TrustDomainCharacter {
-                name: shortened(name),
-                found,
-            });
+        if let Some(found) = name.chars().find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '.' | '-' | '_')) {
+            return Err(Error::TrustDomainCharacter { name: shortened(name), found });
         }
         if name.len() > MAX_TRUST_DOMAIN {
             return Err(Error::LongTrustDomain(name.len()));
@@ -105,10 +99,7 @@ impl TrustDomain {
 
     /// The SPIFFE ID of the trust domain itself, which is what a CA certificate carries (SPIFFE-ID 3.1).
     pub fn id(&self) -> SpiffeId {
-        SpiffeId {
-            text: format!("{SCHEME}{}", self.0).into(),
-            trust_domain: self.clone(),
-        }
+        SpiffeId { text: format!("{SCHEME}{}", self.0).into(), trust_domain: self.clone() }
     }
 }
 
@@ -145,37 +136,21 @@ impl SpiffeId {
         if text.len() > MAX_ID {
             return Err(Error::LongId(text.len()));
         }
-        let rest = text
-            .strip_prefix(SCHEME)
-            .ok_or_else(|| Error::Scheme(shortened(text)))?;
+        let rest = text.strip_prefix(SCHEME).ok_or_else(|| Error::Scheme(shortened(text)))?;
         let (domain, path) = match rest.find('/') {
             Some(slash) => (&rest[..slash], &rest[slash..]),
             None => (rest, ""),
         };
         let trust_domain = TrustDomain::parse(domain)?;
-        if let Some(found) = path
-            .chars()
-            .find(|c| !matches!(c, 'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '-' | '_' | '/'))
+        if let Some(found) =
+            path.chars().find(|c| !matches!(c, 'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '-' | '_' | '/'))
         {
-            return Err(Error::PathCharacter {
-                id: shortened(text),
-                found,
-            });
+            return Err(Error::PathCharacter { id: shortened(text), found });
         }
-        if let Some(segment) = path
-            .split('/')
-            .skip(1)
-            .find(|segment| matches!(*segment, "" | "." | ".."))
-        {
-            return Err(Error::PathSegment {
-                id: shortened(text),
-                segment: segment.to_owned(),
-            });
+        if let Some(segment) = path.split('/').skip(1).find(|segment| matches!(*segment, "" | "." | "..")) {
+            return Err(Error::PathSegment { id: shortened(text), segment: segment.to_owned() });
         }
-        Ok(Self {
-            text: text.into(),
-            trust_domain,
-        })
+        Ok(Self { text: text.into(), trust_domain })
     }
 
     /// Reads the ID of a workload, which has a path (X509-SVID 3.1).
@@ -247,9 +222,7 @@ impl ServiceAccount {
 
     /// The namespace.
     pub fn namespace(&self) -> &str {
-        self.0
-            .split_once('/')
-            .map_or("", |(namespace, _)| namespace)
+        self.0.split_once('/').map_or("", |(namespace, _)| namespace)
     }
 
     /// The account's name within its namespace.
@@ -259,15 +232,8 @@ impl ServiceAccount {
 
     /// `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
     pub fn spiffe_id(&self, trust_domain: &TrustDomain) -> SpiffeId {
-        let text = format!(
-            "{SCHEME}{trust_domain}/ns/{}/sa/{}",
-            self.namespace(),
-            self.name()
-        );
-        SpiffeId {
-            text: text.into(),
-            trust_domain: trust_domain.clone(),
-        }
+        let text = format!("{SCHEME}{trust_domain}/ns/{}/sa/{}", self.namespace(), self.name());
+        SpiffeId { text: text.into(), trust_domain: trust_domain.clone() }
     }
 }
 
@@ -339,24 +305,9 @@ mod tests {
     #[test]
     fn names_that_kubernetes_refuses_are_refused() {
         for namespace in ["", "-a", "a-", "A", "a.b", "a/b", "..", &"a".repeat(64)] {
-            assert!(
-                ServiceAccount::new(namespace, "x").is_err(),
-                "{namespace:?}"
-            );
+            assert!(ServiceAccount::new(namespace, "x").is_err(), "{namespace:?}");
         }
-        for name in [
-            "",
-            ".",
-            "..",
-            "a..b",
-            "-a",
-            "a-.b",
-            "A",
-            "a/b",
-            "a_b",
-            "ä",
-            &"a".repeat(254),
-        ] {
+        for name in ["", ".", "..", "a..b", "-a", "a-.b", "A", "a/b", "a_b", "ä", &"a".repeat(254)] {
             assert!(ServiceAccount::new("x", name).is_err(), "{name:?}");
         }
         assert!(ServiceAccount::new(&"a".repeat(63), &"a".repeat(253)).is_ok());

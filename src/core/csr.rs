@@ -1,0 +1,159 @@
+//! PKCS#10 (RFC 2986): what a stranger sends. Only its public key goes on; the names it asks for are shown to those
+//! who decide, and never signed because they were asked for.
+
+use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::prelude::FromDer as _;
+
+use super::key::{self, PublicKey, SignatureFault};
+use super::pem;
+
+/// A CSR of an RSA-4096 key with a hundred names fits; anything longer is refused before it is parsed.
+pub const MAX: usize = 16 * 1024;
+
+/// Why a CSR is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Too long to be parsed.
+    #[error("the CSR of {0} bytes is longer than {MAX}")]
+    TooLong(usize),
+    /// The PEM is broken.
+    #[error("the CSR is not PEM: {0}")]
+    Pem(#[from] pem::Error),
+    /// None or several.
+    #[error("expected one CSR, found {0}")]
+    Count(usize),
+    /// Another kind of PEM.
+    #[error("expected a CERTIFICATE REQUEST, found a {0}")]
+    Label(String),
+    /// The DER is broken.
+    #[error("the CSR is not PKCS#10 DER, or bytes follow it")]
+    Der,
+    /// The key is not on the allow-list.
+    #[error("the CSR's key: {0}")]
+    Key(#[from] key::Error),
+    /// The signature algorithm is not on the allow-list.
+    #[error(
+        "the CSR is signed with {0}; allowed are ECDSA and RSA PKCS#1 with SHA-256 or SHA-384, RSA with SHA-512, and Ed25519"
+    )]
+    SignatureAlgorithm(String),
+    /// The requester does not hold the key.
+    #[error(
+        "the CSR's signature does not fit its key: the requester has not shown that it holds the private key"
+    )]
+    Signature,
+    /// An extension that cannot be read.
+    #[error("the CSR asks for an extension that cannot be read ({0})")]
+    Extension(String),
+    /// It wants to be a CA.
+    #[error("the CSR asks to be a CA (CA:TRUE)")]
+    Ca,
+    /// X509-SVID 2.
+    #[error("the CSR asks for {0} URIs; a SPIFFE certificate has exactly one")]
+    Uris(usize),
+}
+
+/// A CSR whose key is allowed and whose requester holds it. There is no other way to make one.
+#[derive(Clone, Debug)]
+pub struct CheckedCsr {
+    key: PublicKey,
+    requested: Requested,
+}
+
+/// The names that a CSR asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Requested {
+    /// The URI, which may be anything.
+    pub uri: Option<String>,
+    /// DNS names.
+    pub dns: Vec<String>,
+    /// Whatever else stands in its subject alternative name.
+    pub others: Vec<String>,
+    /// The subject as text, empty if it has none.
+    pub subject: String,
+}
+
+impl CheckedCsr {
+    /// Reads a PEM text with exactly one CSR.
+    pub fn from_pem(text: &[u8]) -> Result<Self, Error> {
+        if text.len() > 2 * MAX {
+            return Err(Error::TooLong(text.len()));
+        }
+        let blocks = pem::blocks(text)?;
+        let [block] = &blocks[..] else {
+            return Err(if blocks.is_empty() {
+                pem::Error::Empty(pem::CSR).into()
+            } else {
+                Error::Count(blocks.len())
+            });
+        };
+        // The second name is what old Netscape tools, and some Windows ones still, write.
+        if block.label != pem::CSR && block.label != "NEW CERTIFICATE REQUEST" {
+            return Err(Error::Label(block.label.clone()));
+        }
+        Self::from_der(&block.der)
+    }
+
+    /// Reads DER.
+    pub fn from_der(der: &[u8]) -> Result<Self, Error> {
+        if der.len() > MAX {
+            return Err(Error::TooLong(der.len()));
+        }
+        let (rest, csr) = X509CertificationRequest::from_der(der).map_err(|_| Error::Der)?;
+        if !rest.is_empty() {
+            return Err(Error::Der);
+        }
+        let info = &csr.certification_request_info;
+        let key = PublicKey::from_spki(info.subject_pki.raw)?;
+        let algorithm = algorithm_after(der, info.raw).ok_or(Error::Der)?;
+        key.verify(algorithm, info.raw, &csr.signature_value.data).map_err(|fault| match fault {
+            SignatureFault::Algorithm => {
+                Error::SignatureAlgorithm(csr.signature_algorithm.algorithm.to_id_string())
+            }
+            SignatureFault::Wrong => Error::Signature,
+        })?;
+        let mut requested = Requested { subject: info.subject.to_string(), ..Requested::default() };
+        let mut uris = 0;
+        for extension in csr.requested_extensions().into_iter().flatten() {
+            match extension {
+                ParsedExtension::BasicConstraints(constraints) if constraints.ca => return Err(Error::Ca),
+                ParsedExtension::SubjectAlternativeName(san) => {
+                    for name in &san.general_names {
+                        match name {
+                            GeneralName::URI(uri) => {
+                                uris += 1;
+                                requested.uri = Some((*uri).to_owned());
+                            }
+                            GeneralName::DNSName(name) => requested.dns.push((*name).to_owned()),
+                            other => requested.others.push(other.to_string()),
+                        }
+                    }
+                }
+                ParsedExtension::ParseError { error } => return Err(Error::Extension(error.to_string())),
+                _ => {}
+            }
+        }
+        if uris > 1 {
+            return Err(Error::Uris(uris));
+        }
+        Ok(Self { key, requested })
+    }
+
+    /// The key to be certified.
+    pub fn key(&self) -> &PublicKey {
+        &self.key
+    }
+
+    /// What was asked for, to be compared or shown.
+    pub fn requested(&self) -> &Requested {
+        &self.requested
+    }
+}
+
+/// The AlgorithmIdentifier stands between the signed part and the signature; the parser gives only its pieces.
+fn algorithm_after<'a>(der: &'a [u8], info: &[u8]) -> Option<&'a [u8]> {
+    let start = info.as_ptr() as usize - der.as_ptr() as usize + info.len();
+    let rest = der.get(start..)?;
+    let length = usize::from(*rest.get(1).filter(|length| **length < 0x80)?);
+    rest.get(..2 + length)
+}

@@ -1,0 +1,145 @@
+//! The little DER (X.690) that certificates need to be written. Reading is x509-parser's.
+
+pub(crate) const BOOLEAN: u8 = 0x01;
+pub(crate) const INTEGER: u8 = 0x02;
+pub(crate) const BIT_STRING: u8 = 0x03;
+pub(crate) const OCTET_STRING: u8 = 0x04;
+pub(crate) const OID: u8 = 0x06;
+pub(crate) const UTF8_STRING: u8 = 0x0c;
+pub(crate) const UTC_TIME: u8 = 0x17;
+pub(crate) const GENERALIZED_TIME: u8 = 0x18;
+pub(crate) const SEQUENCE: u8 = 0x30;
+pub(crate) const SET: u8 = 0x31;
+
+/// `[n]` with contents of its own.
+pub(crate) const fn explicit(n: u8) -> u8 {
+    0xa0 | n
+}
+
+/// `[n]` in place of a primitive's own tag.
+pub(crate) const fn implicit(n: u8) -> u8 {
+    0x80 | n
+}
+
+/// DER under construction.
+pub(crate) struct Writer(Vec<u8>);
+
+impl Writer {
+    pub(crate) fn with_capacity(bytes: usize) -> Self {
+        Self(Vec::with_capacity(bytes))
+    }
+
+    pub(crate) fn finish(self) -> Vec<u8> {
+        self.0
+    }
+
+    /// Bytes that are DER already.
+    pub(crate) fn raw(&mut self, der: &[u8]) {
+        self.0.extend_from_slice(der);
+    }
+
+    pub(crate) fn primitive(&mut self, tag: u8, contents: &[u8]) {
+        self.0.push(tag);
+        self.length(contents.len());
+        self.0.extend_from_slice(contents);
+    }
+
+    /// A positive INTEGER of at most eight bytes.
+    pub(crate) fn unsigned(&mut self, value: u64) {
+        self.positive(&value.to_be_bytes());
+    }
+
+    /// A positive INTEGER from its big-endian bytes, leading zeros or not.
+    pub(crate) fn positive(&mut self, big_endian: &[u8]) {
+        let start = big_endian.iter().position(|b| *b != 0).unwrap_or(big_endian.len());
+        let digits = &big_endian[start..];
+        let sign = digits.first().is_none_or(|b| b & 0x80 != 0);
+        self.0.push(INTEGER);
+        self.length(digits.len() + usize::from(sign));
+        if sign {
+            self.0.push(0);
+        }
+        self.0.extend_from_slice(digits);
+    }
+
+    /// A BIT STRING of whole bytes.
+    pub(crate) fn bits(&mut self, contents: &[u8]) {
+        self.0.push(BIT_STRING);
+        self.length(contents.len() + 1);
+        self.0.push(0);
+        self.0.extend_from_slice(contents);
+    }
+
+    pub(crate) fn nested(&mut self, tag: u8, contents: impl FnOnce(&mut Self)) {
+        self.0.push(tag);
+        let at = self.0.len();
+        // Most contents fit the short form; longer ones are moved up by what their length takes.
+        self.0.push(0);
+        contents(self);
+        let length = self.0.len() - at - 1;
+        if length < 0x80 {
+            self.0[at] = length as u8;
+            return;
+        }
+        let bytes = length.to_be_bytes();
+        let skip = length.leading_zeros() as usize / 8;
+        self.0[at] = 0x80 | (bytes.len() - skip) as u8;
+        self.0.splice(at + 1..at + 1, bytes[skip..].iter().copied());
+    }
+
+    pub(crate) fn sequence(&mut self, contents: impl FnOnce(&mut Self)) {
+        self.nested(SEQUENCE, contents);
+    }
+
+    fn length(&mut self, length: usize) {
+        if length < 0x80 {
+            self.0.push(length as u8);
+            return;
+        }
+        let bytes = length.to_be_bytes();
+        let skip = length.leading_zeros() as usize / 8;
+        self.0.push(0x80 | (bytes.len() - skip) as u8);
+        self.0.extend_from_slice(&bytes[skip..]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_take_the_shortest_form() {
+        for (length, header) in [
+            (0, vec![0x04, 0x00]),
+            (127, vec![0x04, 0x7f]),
+            (128, vec![0x04, 0x81, 0x80]),
+            (255, vec![0x04, 0x81, 0xff]),
+            (256, vec![0x04, 0x82, 0x01, 0x00]),
+            (65_536, vec![0x04, 0x83, 0x01, 0x00, 0x00]),
+        ] {
+            let contents = vec![7; length];
+            let mut primitive = Writer::with_capacity(0);
+            primitive.primitive(OCTET_STRING, &contents);
+            let mut nested = Writer::with_capacity(0);
+            nested.nested(OCTET_STRING, |w| w.raw(&contents));
+            let expected = [header, contents].concat();
+            assert_eq!(primitive.finish(), expected);
+            assert_eq!(nested.finish(), expected);
+        }
+    }
+
+    #[test]
+    fn integers_are_positive_and_shortest() {
+        for (value, expected) in [
+            (0, &[2, 1, 0][..]),
+            (1, &[2, 1, 1]),
+            (127, &[2, 1, 127]),
+            (128, &[2, 2, 0, 128]),
+            (65_537, &[2, 3, 1, 0, 1]),
+        ] {
+            let mut writer = Writer::with_capacity(0);
+            writer.unsigned(value);
+            assert_eq!(writer.finish(), expected);
+        }
+    }
+}
