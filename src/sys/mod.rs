@@ -1,0 +1,3 @@
+//! What Mica asks the operating system for. No other room opens a file.
+
+pub mod dir;
