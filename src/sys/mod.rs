@@ -1,3 +1,4 @@
-//! What Mica asks the operating system for. No other room opens a file.
+//! What Mica asks of the machine. The one room that may.
 
 pub mod dir;
+pub mod watch;
