@@ -2,4 +2,7 @@
 #![expect(clippy::disallowed_methods, reason = "this room is where the banned calls are meant to be")]
 
 pub mod clock;
+pub mod dir;
+pub mod files;
 pub mod keys;
+pub mod watch;
