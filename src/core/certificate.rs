@@ -7,7 +7,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer as _;
 use x509_parser::time::ASN1Time;
-use x509_parser::x509::X509Version;
+use x509_parser::x509::{X509Name, X509Version};
 
 use super::key::{self, PublicKey};
 use super::lifetime::Validity;
@@ -267,6 +267,16 @@ impl Certificate {
         PublicKey::from_spki(&self.spki)
     }
 
+    /// The subject as text, empty if it has none.
+    pub fn subject_text(&self) -> String {
+        name_text(&self.subject)
+    }
+
+    /// The issuer as text.
+    pub fn issuer_text(&self) -> String {
+        name_text(&self.issuer)
+    }
+
     /// Whether it says that it was issued by itself.
     pub fn is_self_issued(&self) -> bool {
         self.subject == self.issuer
@@ -433,6 +443,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         .flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]])
         .map(char::from)
         .collect()
+}
+
+fn name_text(der: &[u8]) -> String {
+    X509Name::from_der(der).map(|(_, name)| name.to_string()).unwrap_or_default()
 }
 
 fn address(bytes: &[u8]) -> String {

@@ -3,6 +3,7 @@
 //! Nothing here reads a clock, draws randomness, touches a file or waits. Time and serial numbers come in as
 //! arguments. The one exception is the nonce inside a signature, which ring insists on drawing itself.
 
+pub mod authority_files;
 pub mod bundle;
 pub mod certificate;
 pub mod chain;
