@@ -3,3 +3,4 @@
 //! The rooms, lowest rank first; `tests/layering.rs` keeps the direction.
 
 pub mod core;
+pub mod sys;
