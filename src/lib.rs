@@ -3,4 +3,5 @@
 //! The rooms, lowest rank first; `tests/layering.rs` keeps the direction.
 
 pub mod core;
+pub mod source;
 pub mod sys;

@@ -1,0 +1,4 @@
+//! Who should have an identity.
+
+pub mod manifests;
+mod yaml;
