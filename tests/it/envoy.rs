@@ -5,7 +5,9 @@
 //! ```
 //!
 //! Each takes its certificate, key and roots through SDS from files with `watched_directory`, which fires when `..data`
-//! is renamed. Every request but a few makes a new connection between the two, so handshakes happen all the time.
+//! is renamed. The client names the files as most people will; the server names them through `..data`, where Envoy's
+//! own watch of a file's folder sees nothing and only `watched_directory` does. A connection between the two carries
+//! three requests, so handshakes happen all the time.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -13,7 +15,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,11 +40,11 @@ impl Mesh {
     pub(crate) fn start(server: (&Path, &str), client: (&Path, &str)) -> Self {
         let (server_folder, server_id) = server;
         let (client_folder, client_id) = client;
-        let server = Envoy::start("server", server_folder, |work| {
+        let server = Envoy::start("server", server_folder, "..data/", |work| {
             server_resources(work, client_id)
         });
         let tls_address = server.listener();
-        let client = Envoy::start("client", client_folder, |work| {
+        let client = Envoy::start("client", client_folder, "", |work| {
             client_resources(work, server_id, tls_address)
         });
         let plain_address = client.listener();
@@ -106,15 +108,23 @@ pub(crate) struct Envoy {
 }
 
 impl Envoy {
-    fn start(name: &'static str, folder: &Path, resources: impl Fn(&Path) -> Value) -> Self {
+    fn start(
+        name: &'static str,
+        folder: &Path,
+        through: &str,
+        resources: impl Fn(&Path) -> Value,
+    ) -> Self {
         let work = tempfile::tempdir().expect("a temporary folder");
         let [bootstrap, log, admin_file] =
             ["bootstrap.json", "log", "admin"].map(|file| work.path().join(file));
         write_json(
             &secrets_file(work.path(), "identity"),
-            &identity_secret(folder),
+            &identity_secret(folder, through),
         );
-        write_json(&secrets_file(work.path(), "roots"), &roots_secret(folder));
+        write_json(
+            &secrets_file(work.path(), "roots"),
+            &roots_secret(folder, through),
+        );
         write_json(
             &bootstrap,
             &json!({
@@ -246,6 +256,7 @@ impl Drop for Envoy {
 /// Threads that keep asking: half of them over one connection each, half over a new one for each request.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
     threads: Vec<JoinHandle<Report>>,
 }
 
@@ -261,13 +272,32 @@ pub(crate) struct Report {
 impl Load {
     fn start(address: SocketAddr) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicUsize::new(0));
         let threads = (0..4)
             .map(|number| {
                 let stop = Arc::clone(&stop);
-                std::thread::spawn(move || ask(address, number % 2 == 0, &stop))
+                let answered = Arc::clone(&answered);
+                std::thread::spawn(move || ask(address, number % 2 == 0, &stop, &answered))
             })
             .collect();
-        Self { stop, threads }
+        Self {
+            stop,
+            answered,
+            threads,
+        }
+    }
+
+    /// Waits until this many more requests were answered.
+    pub(crate) fn wait_for(&self, requests: usize) {
+        let wanted = self.answered.load(Ordering::Relaxed) + requests;
+        let start = Instant::now();
+        while self.answered.load(Ordering::Relaxed) < wanted {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "no {requests} answers in {PATIENCE:?}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub(crate) fn stop(self) -> Report {
@@ -283,7 +313,7 @@ impl Load {
     }
 }
 
-fn ask(address: SocketAddr, keep: bool, stop: &AtomicBool) -> Report {
+fn ask(address: SocketAddr, keep: bool, stop: &AtomicBool, answered: &AtomicUsize) -> Report {
     let mut report = Report::default();
     let mut open: Option<Connection> = None;
     while !stop.load(Ordering::Relaxed) {
@@ -298,6 +328,7 @@ fn ask(address: SocketAddr, keep: bool, stop: &AtomicBool) -> Report {
         match answer {
             Ok(((200, _), connection)) => {
                 report.answered += 1;
+                answered.fetch_add(1, Ordering::Relaxed);
                 open = (keep && !connection.closing).then_some(connection);
             }
             Ok(((status, body), _)) => report.failed.push(format!("{status} {body}")),
@@ -464,24 +495,24 @@ fn secret_config(work: &Path, name: &str) -> Value {
     })
 }
 
-fn identity_secret(folder: &Path) -> Value {
+fn identity_secret(folder: &Path, through: &str) -> Value {
     json!({ "resources": [{
         "@type": tls("Secret"),
         "name": "identity",
         "tls_certificate": {
-            "certificate_chain": { "filename": folder.join("cert-chain.pem") },
-            "private_key": { "filename": folder.join("key.pem") },
+            "certificate_chain": { "filename": folder.join(through).join("cert-chain.pem") },
+            "private_key": { "filename": folder.join(through).join("key.pem") },
             "watched_directory": { "path": folder },
         },
     }] })
 }
 
-fn roots_secret(folder: &Path) -> Value {
+fn roots_secret(folder: &Path, through: &str) -> Value {
     json!({ "resources": [{
         "@type": tls("Secret"),
         "name": "roots",
         "validation_context": {
-            "trusted_ca": { "filename": folder.join("root-cert.pem") },
+            "trusted_ca": { "filename": folder.join(through).join("root-cert.pem") },
             "watched_directory": { "path": folder },
         },
     }] })
@@ -541,16 +572,18 @@ mod tests {
             deliver(client.path(), &new_client);
             mesh.wait_for_serials(&new_server.serial, &new_client.serial);
             assert_eq!(mesh.served_serial(client.path()), new_server.serial);
+            load.wait_for(50);
         }
         let report = load.stop();
         assert_eq!(report.failed, Vec::<String>::new());
-        assert!(report.answered > 100, "{report:?}");
+        assert!(report.answered >= 500, "{report:?}");
         assert!(mesh.server.runs() && mesh.client.runs());
         assert_eq!(pids, (mesh.server.pid(), mesh.client.pid()));
         for envoy in [&mesh.server, &mesh.client] {
             let (updates, _) = envoy.stat(".ssl_context_update_by_sds");
             assert!(updates >= 10, "{updates}\n{}", envoy.page("/stats"));
-            assert_eq!(envoy.stat(".key_rotation_failed").0, 0);
+            assert_eq!(envoy.stat(".key_rotation_failed"), (0, 2));
+            assert_eq!(envoy.stat("server.hot_restart_epoch"), (0, 1));
         }
         let (handshakes, _) = mesh.server.stat(".ssl.handshake");
         assert!(handshakes > 100, "{handshakes}");

@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"os"
@@ -228,6 +229,8 @@ func serve(args []string) error {
 			fmt.Fprintln(w, caller)
 		}),
 		ReadHeaderTimeout: 10 * time.Second,
+		// The caller is told why it was refused.
+		ErrorLog: log.New(io.Discard, "", 0),
 	}
 	fmt.Printf("https://%s\n", listener.Addr())
 	// A test that dies closes the pipe, so no server outlives its test.
