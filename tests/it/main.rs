@@ -1,0 +1,9 @@
+//! Everything that needs more than one room, the built program, or a foreign one. One binary, so it links once.
+
+// A test asks the machine directly; what must not is src/.
+#![allow(clippy::disallowed_methods)]
+
+mod envoy;
+mod fixtures;
+mod go_spiffe;
+mod parts;

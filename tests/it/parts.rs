@@ -1,0 +1,50 @@
+//! Where the foreign programs are that judge what Mica made. A missing one fails its tests: a skipped test is a
+//! green light nobody earned.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Envoy's program.
+pub(crate) fn envoy() -> PathBuf {
+    find("envoy")
+}
+
+/// OpenSSL's command line.
+pub(crate) fn openssl() -> Command {
+    Command::new(find("openssl"))
+}
+
+/// The program in `tests/parts/go-spiffe`; its head says what it takes.
+pub(crate) fn go_spiffe() -> PathBuf {
+    find("go-spiffe")
+}
+
+fn find(name: &str) -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parts/part");
+    let output = Command::new(&script)
+        .args(["path", name])
+        .output()
+        .unwrap_or_else(|error| panic!("{}: {error}", script.display()));
+    assert!(
+        output.status.success(),
+        "{name} is missing: run tests/run parts\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+}
+
+#[test]
+fn every_part_is_there_and_runs() {
+    for (mut program, argument) in [
+        (Command::new(envoy()), "--version"),
+        (openssl(), "version"),
+        (Command::new(go_spiffe()), "id"),
+    ] {
+        let output = program
+            .arg(argument)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap_or_else(|error| panic!("{program:?}: {error}"));
+        assert!(output.status.success(), "{program:?}: {output:?}");
+    }
+}
