@@ -2,6 +2,14 @@
 //!
 //! The rooms, lowest rank first; `tests/layering.rs` keeps the direction.
 
+pub mod admin;
+pub mod authority;
 pub mod core;
+pub mod proto;
+pub mod reconcile;
+pub mod serve;
+pub mod sink;
 pub mod source;
+pub mod store;
 pub mod sys;
+pub mod telemetry;

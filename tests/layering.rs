@@ -80,75 +80,32 @@ fn the_reader_catches_what_it_is_for() {
     };
     for (path, text, wanted) in [
         ("core/a.rs", "\nuse crate::store::Store;", "src/core/a.rs:2"),
-        (
-            "store/dir.rs",
-            "use crate::sink::Sink;",
-            "crate::sink::Sink",
-        ),
-        (
-            "source/mod.rs",
-            "use crate::{core::plan, sink};",
-            "crate::sink",
-        ),
-        (
-            "sys/mod.rs",
-            "use crate::{\n  core::{a, b as c},\n  app::{self, x},\n};",
-            "src/sys/mod.rs:3",
-        ),
-        (
-            "serve/mod.rs",
-            "fn f() { crate::admin::page() }",
-            "crate::admin::page",
-        ),
-        (
-            "authority/mod.rs",
-            "use crate::store::dir::Dir;",
-            "crate::store::dir",
-        ),
+        ("store/dir.rs", "use crate::sink::Sink;", "crate::sink::Sink"),
+        ("source/mod.rs", "use crate::{core::plan, sink};", "crate::sink"),
+        ("sys/mod.rs", "use crate::{\n  core::{a, b as c},\n  app::{self, x},\n};", "src/sys/mod.rs:3"),
+        ("serve/mod.rs", "fn f() { crate::admin::page() }", "crate::admin::page"),
+        ("authority/mod.rs", "use crate::store::dir::Dir;", "crate::store::dir"),
         ("sink/folder.rs", "use super::super::source;", "source"),
         ("telemetry.rs", "use super::app;", "app"),
         ("main.rs", "use mica::store;", "crate::store"),
         ("core/a.rs", "use crate::Nothing;", "crate::Nothing"),
         ("attic/mod.rs", "", "attic"),
         ("core/a.rs", "use std::{fmt, fs};", "std::fs"),
-        (
-            "core/a.rs",
-            "let t = std::time::SystemTime::now();",
-            "SystemTime",
-        ),
+        ("core/a.rs", "let t = std::time::SystemTime::now();", "SystemTime"),
         ("core/a.rs", "async fn f() {}", "async"),
-        (
-            "core/mint.rs",
-            "use ring::rand::SystemRandom;",
-            "SystemRandom",
-        ),
+        ("core/mint.rs", "use ring::rand::SystemRandom;", "SystemRandom"),
         ("core/a.rs", "tracing::info!(\"\")", "tracing"),
     ] {
         let faults = caught(path, text);
-        assert!(
-            faults.iter().any(|fault| fault.contains(wanted)),
-            "{path}: {text:?} gave {faults:?}"
-        );
+        assert!(faults.iter().any(|fault| fault.contains(wanted)), "{path}: {text:?} gave {faults:?}");
     }
     for (path, text) in [
         ("core/a.rs", "use crate::core::key; // crate::app"),
-        (
-            "core/a.rs",
-            "/// [`crate::app`], tokio\nconst A: &str = \"crate::app std::fs\";",
-        ),
-        (
-            "core/a.rs",
-            "#[cfg(test)]\nmod tests { use crate::app; fn f() { std::fs::read(\"}\") } }",
-        ),
-        (
-            "core/a.rs",
-            "fn f<'a>(c: char) -> &'a str { if c == '\"' { \"\" } else { r#\"\" tokio\"# } }",
-        ),
+        ("core/a.rs", "/// [`crate::app`], tokio\nconst A: &str = \"crate::app std::fs\";"),
+        ("core/a.rs", "#[cfg(test)]\nmod tests { use crate::app; fn f() { std::fs::read(\"}\") } }"),
+        ("core/a.rs", "fn f<'a>(c: char) -> &'a str { if c == '\"' { \"\" } else { r#\"\" tokio\"# } }"),
         ("core/key.rs", "use ring::rand::SystemRandom;"),
-        (
-            "authority/mod.rs",
-            "use crate::store::{self, Store, open};\nuse crate::core::spiffe;",
-        ),
+        ("authority/mod.rs", "use crate::store::{self, Store, open};\nuse crate::core::spiffe;"),
         ("tool/sign.rs", "use crate::store::dir;"),
         ("store/dir.rs", "use super::Store;"),
         ("core/a.rs", "use std::{fmt, sync::Arc};"),
@@ -177,11 +134,7 @@ impl Source {
 
     /// `store/dir.rs` gives `["store", "dir"]`, `store/mod.rs` gives `["store"]`.
     fn module(&self) -> Vec<&str> {
-        self.path
-            .trim_end_matches(".rs")
-            .split('/')
-            .filter(|part| *part != "mod")
-            .collect()
+        self.path.trim_end_matches(".rs").split('/').filter(|part| *part != "mod").collect()
     }
 
     fn room(&self) -> &str {
@@ -190,9 +143,7 @@ impl Source {
 
     fn is_file_of(&self, room: &str, name: &str) -> bool {
         let [file, folder] = [format!("{room}/{name}.rs"), format!("{room}/{name}/")];
-        self.files
-            .iter()
-            .any(|known| *known == file || known.starts_with(&folder))
+        self.files.iter().any(|known| *known == file || known.starts_with(&folder))
     }
 
     fn at(&self, offset: usize) -> String {
@@ -212,25 +163,18 @@ fn misplaced_imports(source: &Source) -> Vec<String> {
     let mut faults = Vec::new();
     for (offset, path) in crate_paths(source) {
         let target = path[0].as_str();
-        let file = path
-            .get(1)
-            .filter(|file| source.is_file_of(target, file.as_str()));
+        let file = path.get(1).filter(|file| source.is_file_of(target, file.as_str()));
         let allowed = target == name
             || room.may.iter().any(|entry| match entry.split_once("::") {
                 None => *entry == target,
-                Some((head, only)) => {
-                    head == target && file.is_none_or(|file| file.as_str() == only)
-                }
+                Some((head, only)) => head == target && file.is_none_or(|file| file.as_str() == only),
             });
         if allowed {
             continue;
         }
         let mut fault = format!("{}: crate::{}: ", source.at(offset), path.join("::"));
         let _ = match rank(target) {
-            None => write!(
-                fault,
-                "{target} is no room; what rooms share belongs to one of a lower rank"
-            ),
+            None => write!(fault, "{target} is no room; what rooms share belongs to one of a lower rank"),
             Some(below) if below >= room.rank => write!(
                 fault,
                 "{name} (rank {}) may not import {target} (rank {below}); move what both need to a lower room, or let app hand it in",
@@ -276,13 +220,9 @@ fn impure_words(source: &Source) -> Vec<String> {
             let advice = match (*banned, exempt) {
                 ("std::net", _) => "addresses as values are in ::core::net".to_owned(),
                 (_, Some(file)) => format!("only core/{file} may hold it"),
-                _ => "take the time, the number or the bytes as an argument; sys asks the machine"
-                    .to_owned(),
+                _ => "take the time, the number or the bytes as an argument; sys asks the machine".to_owned(),
             };
-            faults.push(format!(
-                "{}: {banned}: core is pure; {advice}",
-                source.at(offset)
-            ));
+            faults.push(format!("{}: {banned}: core is pure; {advice}", source.at(offset)));
         }
     }
     faults
@@ -320,12 +260,7 @@ fn crate_paths(source: &Source) -> Vec<(usize, Vec<String>)> {
 
 /// The paths that begin at `offset`, groups in braces multiplied out, each with the offset of its last part.
 fn paths_at(code: &str, offset: usize) -> Vec<(usize, Vec<String>)> {
-    fn tree(
-        code: &str,
-        mut at: usize,
-        path: &[String],
-        found: &mut Vec<(usize, Vec<String>)>,
-    ) -> usize {
+    fn tree(code: &str, mut at: usize, path: &[String], found: &mut Vec<(usize, Vec<String>)>) -> usize {
         let mut path = path.to_vec();
         let mut last = at;
         loop {
@@ -428,11 +363,7 @@ fn without_comments_and_texts(text: &str) -> String {
                 [_, b'\\', ..] => find(&rest[3..], b"'").map_or(rest.len(), |end| end + 4),
                 _ => {
                     let width = text[at + 1..].chars().next().map_or(1, char::len_utf8);
-                    if rest.get(1 + width) == Some(&b'\'') {
-                        width + 2
-                    } else {
-                        0
-                    }
+                    if rest.get(1 + width) == Some(&b'\'') { width + 2 } else { 0 }
                 }
             }
         } else {
@@ -477,16 +408,11 @@ fn blank(bytes: &mut [u8]) {
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
-    bytes
-        .windows(wanted.len())
-        .position(|window| window == wanted)
+    bytes.windows(wanted.len()).position(|window| window == wanted)
 }
 
 fn rank(room: &str) -> Option<u8> {
-    ROOMS
-        .iter()
-        .find(|row| row.name == room)
-        .map(|row| row.rank)
+    ROOMS.iter().find(|row| row.name == room).map(|row| row.rank)
 }
 
 fn sources() -> Vec<Source> {
@@ -496,18 +422,9 @@ fn sources() -> Vec<Source> {
     files.sort();
     let names: Vec<String> = files
         .iter()
-        .map(|file| {
-            file.strip_prefix(&root)
-                .unwrap_or(file)
-                .to_string_lossy()
-                .into_owned()
-        })
+        .map(|file| file.strip_prefix(&root).unwrap_or(file).to_string_lossy().into_owned())
         .collect();
-    assert!(
-        names.iter().any(|name| name.starts_with("core/")),
-        "found no sources below {}",
-        root.display()
-    );
+    assert!(names.iter().any(|name| name.starts_with("core/")), "found no sources below {}", root.display());
     names
         .iter()
         .zip(&files)
@@ -521,12 +438,9 @@ fn sources() -> Vec<Source> {
 }
 
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
-    let entries =
-        fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     for entry in entries {
-        let path = entry
-            .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
-            .path();
+        let path = entry.unwrap_or_else(|error| panic!("{}: {error}", folder.display())).path();
         if path.is_dir() {
             collect(&path, files);
         } else if path.extension().is_some_and(|extension| extension == "rs") {

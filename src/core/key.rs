@@ -397,6 +397,11 @@ impl PrivateKey {
         &self.public
     }
 
+    /// PKCS#8.
+    pub fn pkcs8(&self) -> &[u8] {
+        &self.pkcs8
+    }
+
     /// PKCS#8 as PEM.
     pub fn to_pem(&self) -> Zeroizing<String> {
         Zeroizing::new(pem::encode(pem::PRIVATE_KEY, &self.pkcs8))

@@ -15,7 +15,7 @@ use super::rotation::renew_at;
 use super::spiffe::SpiffeId;
 
 /// What a workload mounts. Always written and read as one whole.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct CertificateSet {
     /// The leaf and its intermediates, without the root.
     pub chain_pem: String,

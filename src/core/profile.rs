@@ -55,6 +55,13 @@ impl DnsName {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Organization(String);
 
+impl Default for Organization {
+    /// For trust domains whose names are too long to be an O.
+    fn default() -> Self {
+        Self("Mica".to_owned())
+    }
+}
+
 /// Why a text cannot be the O of a subject.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("organization {0:?} is not 1 to 64 characters without control characters")]
@@ -110,14 +117,14 @@ impl Profile<'_> {
         matches!(self, Self::Root { .. } | Self::Intermediate { .. })
     }
 
-    /// The SPIFFE ID that it carries.
-    pub fn id(&self) -> Option<SpiffeId> {
+    /// Whom it names, for people.
+    pub fn name(&self) -> String {
         match self {
+            Self::Serving { dns, .. } => dns.first().map_or_else(|| "mica".to_owned(), DnsName::to_string),
+            Self::Workload { id, .. } => id.to_string(),
             Self::Root { trust_domain, .. } | Self::Intermediate { trust_domain, .. } => {
-                Some(trust_domain.id())
+                trust_domain.id().to_string()
             }
-            Self::Workload { id, .. } => Some((*id).clone()),
-            Self::Serving { .. } => None,
         }
     }
 

@@ -40,20 +40,13 @@ impl Mesh {
     pub(crate) fn start(server: (&Path, &str), client: (&Path, &str)) -> Self {
         let (server_folder, server_id) = server;
         let (client_folder, client_id) = client;
-        let server = Envoy::start("server", server_folder, "..data/", |work| {
-            server_resources(work, client_id)
-        });
+        let server =
+            Envoy::start("server", server_folder, "..data/", |work| server_resources(work, client_id));
         let tls_address = server.listener();
-        let client = Envoy::start("client", client_folder, "", |work| {
-            client_resources(work, server_id, tls_address)
-        });
+        let client =
+            Envoy::start("client", client_folder, "", |work| client_resources(work, server_id, tls_address));
         let plain_address = client.listener();
-        Self {
-            server,
-            client,
-            tls_address,
-            plain_address,
-        }
+        Self { server, client, tls_address, plain_address }
     }
 
     /// One request through both: the status.
@@ -89,12 +82,9 @@ impl Mesh {
             .output()
             .expect("openssl runs");
         let text = String::from_utf8_lossy(&output.stdout);
-        let start = text.find("-----BEGIN").unwrap_or_else(|| {
-            panic!(
-                "no certificate: {}",
-                String::from_utf8_lossy(&output.stderr)
-            )
-        });
+        let start = text
+            .find("-----BEGIN")
+            .unwrap_or_else(|| panic!("no certificate: {}", String::from_utf8_lossy(&output.stderr)));
         crate::fixtures::serial(&text[start..])
     }
 }
@@ -108,23 +98,12 @@ pub(crate) struct Envoy {
 }
 
 impl Envoy {
-    fn start(
-        name: &'static str,
-        folder: &Path,
-        through: &str,
-        resources: impl Fn(&Path) -> Value,
-    ) -> Self {
+    fn start(name: &'static str, folder: &Path, through: &str, resources: impl Fn(&Path) -> Value) -> Self {
         let work = tempfile::tempdir().expect("a temporary folder");
         let [bootstrap, log, admin_file] =
             ["bootstrap.json", "log", "admin"].map(|file| work.path().join(file));
-        write_json(
-            &secrets_file(work.path(), "identity"),
-            &identity_secret(folder, through),
-        );
-        write_json(
-            &secrets_file(work.path(), "roots"),
-            &roots_secret(folder, through),
-        );
+        write_json(&secrets_file(work.path(), "identity"), &identity_secret(folder, through));
+        write_json(&secrets_file(work.path(), "roots"), &roots_secret(folder, through));
         write_json(
             &bootstrap,
             &json!({
@@ -147,12 +126,7 @@ impl Envoy {
             .stderr(fs::File::create(work.path().join("stderr")).expect("a file for errors"))
             .spawn()
             .expect("Envoy starts");
-        let mut envoy = Self {
-            name,
-            work,
-            child,
-            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
-        };
+        let mut envoy = Self { name, work, child, admin: SocketAddr::from(([127, 0, 0, 1], 0)) };
         envoy.admin = envoy.wait("to say where its admin page is", || {
             fs::read_to_string(&admin_file).ok()?.trim().parse().ok()
         });
@@ -215,13 +189,9 @@ impl Envoy {
         let page = self.page("/listeners?format=json");
         let page: Value = serde_json::from_str(&page).expect("JSON");
         let address = &page["listener_statuses"][0]["local_address"]["socket_address"];
-        format!(
-            "{}:{}",
-            address["address"].as_str().expect("an address"),
-            address["port_value"]
-        )
-        .parse()
-        .expect("an address")
+        format!("{}:{}", address["address"].as_str().expect("an address"), address["port_value"])
+            .parse()
+            .expect("an address")
     }
 
     fn wait<T>(&self, what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
@@ -230,11 +200,7 @@ impl Envoy {
             if let Some(value) = ready() {
                 return value;
             }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "Envoy ({}) took more than {PATIENCE:?} {what}",
-                self.name
-            );
+            assert!(start.elapsed() < PATIENCE, "Envoy ({}) took more than {PATIENCE:?} {what}", self.name);
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -280,11 +246,7 @@ impl Load {
                 std::thread::spawn(move || ask(address, number % 2 == 0, &stop, &answered))
             })
             .collect();
-        Self {
-            stop,
-            answered,
-            threads,
-        }
+        Self { stop, answered, threads }
     }
 
     /// Waits until this many more requests were answered.
@@ -292,10 +254,7 @@ impl Load {
         let wanted = self.answered.load(Ordering::Relaxed) + requests;
         let start = Instant::now();
         while self.answered.load(Ordering::Relaxed) < wanted {
-            assert!(
-                start.elapsed() < PATIENCE,
-                "no {requests} answers in {PATIENCE:?}"
-            );
+            assert!(start.elapsed() < PATIENCE, "no {requests} answers in {PATIENCE:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -350,10 +309,7 @@ impl Connection {
         let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
-        Ok(Self {
-            stream,
-            closing: false,
-        })
+        Ok(Self { stream, closing: false })
     }
 
     fn get(&mut self, path: &str) -> io::Result<(u16, String)> {
@@ -367,11 +323,7 @@ impl Connection {
         };
         let header = String::from_utf8_lossy(&bytes[..head]).to_lowercase();
         let status = header.split(' ').nth(1).and_then(|code| code.parse().ok());
-        let field = |name: &str| {
-            header
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-        };
+        let field = |name: &str| header.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         self.closing = field("connection") == Some("close");
         let mut body = bytes.split_off(head + 4);
         if let Some(length) = field("content-length").and_then(|text| text.parse().ok()) {
@@ -548,8 +500,7 @@ fn secrets_file(work: &Path, name: &str) -> PathBuf {
 }
 
 fn write_json(path: &Path, value: &Value) {
-    fs::write(path, value.to_string())
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    fs::write(path, value.to_string()).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
 mod tests {

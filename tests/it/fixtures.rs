@@ -64,12 +64,7 @@ impl OpensslCa {
             .arg("-out")
             .arg(&leaf));
         let chain = read(&leaf);
-        Set {
-            serial: serial(&chain),
-            chain,
-            key: read(&key),
-            roots: read(&self.path("ca-cert.pem")),
-        }
+        Set { serial: serial(&chain), chain, key: read(&key), roots: read(&self.path("ca-cert.pem")) }
     }
 
     fn request(&self, configuration: &Path) -> Command {
@@ -93,11 +88,8 @@ pub(crate) fn deliver(folder: &Path, set: &Set) {
     let old = fs::read_link(&data).ok();
     let name = format!("..set-{}", DELIVERED.fetch_add(1, Ordering::Relaxed));
     fs::create_dir_all(folder.join(&name)).expect("the set's folder is made");
-    for (file, text) in [
-        ("cert-chain.pem", &set.chain),
-        ("key.pem", &set.key),
-        ("root-cert.pem", &set.roots),
-    ] {
+    for (file, text) in [("cert-chain.pem", &set.chain), ("key.pem", &set.key), ("root-cert.pem", &set.roots)]
+    {
         fs::write(folder.join(&name).join(file), text).expect("a file of the set is written");
         if !folder.join(file).is_symlink() {
             symlink(Path::new("..data").join(file), folder.join(file)).expect("a name is linked");
@@ -112,17 +104,14 @@ pub(crate) fn deliver(folder: &Path, set: &Set) {
 
 /// The serial number of the first certificate in a PEM text: lower-case hexadecimal.
 pub(crate) fn serial(pem: &str) -> String {
-    let (_, block) =
-        x509_parser::pem::parse_x509_pem(pem.as_bytes()).expect("a certificate in PEM");
+    let (_, block) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).expect("a certificate in PEM");
     let certificate = block.parse_x509().expect("a certificate");
     format!("{:x}", certificate.tbs_certificate.serial)
 }
 
 /// Runs a command that has to succeed, and gives what it wrote.
 pub(crate) fn run(command: &mut Command) -> String {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(
         output.status.success(),
         "{command:?}: {}\n{}{}",
@@ -150,10 +139,7 @@ fn openssl_accepts_its_own_fixtures() {
                 .arg(folder.path().join("root-cert.pem"))
                 .arg(folder.path().join("cert-chain.pem")));
         }
-        assert_eq!(
-            serial(&read(&folder.path().join("cert-chain.pem"))),
-            set.serial
-        );
+        assert_eq!(serial(&read(&folder.path().join("cert-chain.pem"))), set.serial);
     }
     assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 5);
 }

@@ -29,21 +29,15 @@ pub(crate) fn bundle(file: &Path, trust_domain: &str, options: &[&str]) -> Strin
 
 /// For each text, whether go-spiffe takes it for a SPIFFE ID. No text may hold a line break.
 pub(crate) fn takes_ids(texts: &[&str]) -> Vec<bool> {
-    let mut child = program()
-        .arg("id")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("go-spiffe runs");
+    let mut child =
+        program().arg("id").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("go-spiffe runs");
     let mut input = child.stdin.take().expect("a pipe");
     let lines = texts.join("\n") + "\n";
     let writer = std::thread::spawn(move || input.write_all(lines.as_bytes()));
     let output = child.wait_with_output().expect("go-spiffe ends");
     writer.join().expect("a thread").expect("all was read");
-    let answers: Vec<bool> = String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .map(|line| line.starts_with("ok "))
-        .collect();
+    let answers: Vec<bool> =
+        String::from_utf8_lossy(&output.stdout).lines().map(|line| line.starts_with("ok ")).collect();
     assert_eq!(answers.len(), texts.len(), "{}", errors(&output));
     answers
 }
@@ -65,9 +59,7 @@ impl Server {
             .spawn()
             .expect("go-spiffe runs");
         let mut url = String::new();
-        BufReader::new(child.stdout.take().expect("a pipe"))
-            .read_line(&mut url)
-            .expect("a line");
+        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut url).expect("a line");
         let url = url.trim().to_owned();
         assert!(url.starts_with("https://127.0.0.1:"), "{url:?}");
         Self { child, url }
@@ -97,12 +89,7 @@ impl Drop for Server {
 }
 
 fn svid(folder: &Path, id: &str) -> Output {
-    program()
-        .arg("svid")
-        .arg(folder)
-        .args(["--id", id])
-        .output()
-        .expect("go-spiffe runs")
+    program().arg("svid").arg(folder).args(["--id", id]).output().expect("go-spiffe runs")
 }
 
 fn program() -> Command {
@@ -110,11 +97,7 @@ fn program() -> Command {
 }
 
 fn errors(output: &Output) -> String {
-    format!(
-        "{}: {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    )
+    format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr))
 }
 
 #[test]
@@ -124,11 +107,7 @@ fn it_accepts_a_sound_folder_and_refuses_a_foreign_root_and_another_identity() {
     let mut set = OpensslCa::new().issue(ID);
     deliver(folder.path(), &set);
     assert!(accepts(folder.path(), ID).contains(&format!("serial={}", set.serial)));
-    assert!(
-        !svid(folder.path(), "spiffe://fixture/ns/a/sa/c")
-            .status
-            .success()
-    );
+    assert!(!svid(folder.path(), "spiffe://fixture/ns/a/sa/c").status.success());
 
     let roots = folder.path().join("root-cert.pem");
     assert_eq!(bundle(&roots, "fixture", &["--pem"]), "x509_authorities=1");
@@ -156,12 +135,6 @@ fn two_folders_talk_over_mutual_tls() {
 
 #[test]
 fn it_judges_spiffe_ids() {
-    let texts = [
-        "spiffe://td/a",
-        "spiffe://td/",
-        "http://td/a",
-        "",
-        "spiffe://td",
-    ];
+    let texts = ["spiffe://td/a", "spiffe://td/", "http://td/a", "", "spiffe://td"];
     assert_eq!(takes_ids(&texts), [true, false, false, false, true]);
 }

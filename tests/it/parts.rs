@@ -35,11 +35,9 @@ fn find(name: &str) -> PathBuf {
 
 #[test]
 fn every_part_is_there_and_runs() {
-    for (mut program, argument) in [
-        (Command::new(envoy()), "--version"),
-        (openssl(), "version"),
-        (Command::new(go_spiffe()), "id"),
-    ] {
+    for (mut program, argument) in
+        [(Command::new(envoy()), "--version"), (openssl(), "version"), (Command::new(go_spiffe()), "id")]
+    {
         let output = program
             .arg(argument)
             .stdin(std::process::Stdio::null())

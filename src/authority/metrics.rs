@@ -1,0 +1,125 @@
+//! What the authority counts. Names that Istio's CA has are kept, without the `_total` that OpenMetrics asks of
+//! counters, so that its dashboards and alerts go on working: hence their type "unknown".
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use time::OffsetDateTime;
+
+use super::Authority;
+use crate::sys::clock;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Why {
+    why: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
+}
+
+/// Counters of the one door.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    issued: Family<Why, Counter>,
+    failed: Family<Reason, Counter>,
+    all_issued: AtomicU64,
+    all_failed: AtomicU64,
+    reload_failures: Counter,
+}
+
+impl Metrics {
+    pub(super) fn issued(&self, why: &str) {
+        let word = why.split(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or_default();
+        self.issued.get_or_create(&Why { why: word.to_owned() }).inc();
+        self.all_issued.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn failed(&self, reason: &'static str) {
+        self.failed.get_or_create(&Reason { reason }).inc();
+        self.all_failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts an authority that was brought anew and could not be taken.
+    pub fn reload_failed(&self) {
+        self.reload_failures.inc();
+    }
+}
+
+impl Authority {
+    /// Registers the authority's metrics.
+    pub fn register(self: &Arc<Self>, registry: &mut Registry) {
+        let metrics = &self.metrics;
+        registry.register(
+            "mica_certificates_issued",
+            "Certificates issued, by why: new, renewal, repair or serving",
+            metrics.issued.clone(),
+        );
+        registry.register(
+            "mica_issue_failures",
+            "Certificates not issued, by reason",
+            metrics.failed.clone(),
+        );
+        registry.register(
+            "mica_authority_reload_failures",
+            "Changes of the brought authority that were not taken",
+            metrics.reload_failures.clone(),
+        );
+        registry.register_collector(Box::new(Expiry(self.clone())));
+    }
+}
+
+/// What depends on the time of the scrape, and Istio's counters.
+struct Expiry(Arc<Authority>);
+
+impl std::fmt::Debug for Expiry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Expiry")
+    }
+}
+
+impl Collector for Expiry {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let issuer = self.0.issuer();
+        let now = clock::now();
+        let roots = issuer.bundle().roots().iter().map(|root| root.validity.not_after).min();
+        let left = |at: OffsetDateTime| (at - now).whole_seconds();
+        for (prefix, what, not_after) in [
+            ("citadel_server_root_cert_expiry", "first root to expire", roots.unwrap_or(now)),
+            (
+                "citadel_server_cert_chain_expiry",
+                "issuer, or a certificate above it,",
+                issuer.window().not_after,
+            ),
+        ] {
+            let help = format!("When the {what} expires, in seconds since 1970");
+            let gauge = ConstGauge::new(not_after.unix_timestamp());
+            let name = format!("{prefix}_timestamp");
+            gauge.encode(encoder.encode_descriptor(&name, &help, None, gauge.metric_type())?)?;
+            let help = format!("Seconds until the {what} expires, negative afterwards");
+            let gauge = ConstGauge::new(left(not_after));
+            let name = format!("{prefix}_seconds");
+            gauge.encode(encoder.encode_descriptor(&name, &help, None, gauge.metric_type())?)?;
+        }
+        for (name, help, count) in [
+            ("citadel_server_success_cert_issuance_count", "Certificates issued", &self.0.metrics.all_issued),
+            (
+                "citadel_server_csr_sign_err_count",
+                "Certificates that could not be signed",
+                &self.0.metrics.all_failed,
+            ),
+        ] {
+            let count = ConstGauge::new(i64::try_from(count.load(Ordering::Relaxed)).unwrap_or(i64::MAX));
+            count.encode(encoder.encode_descriptor(name, help, None, MetricType::Unknown)?)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! The living CA. Every certificate that a running Mica issues goes through [`Authority::issue`].
+
+mod metrics;
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+pub use metrics::Metrics;
+
+use crate::core::issuer::{self, Issued, Issuer, Order};
+use crate::core::spiffe::TrustDomain;
+use crate::sys::keys;
+
+/// Why nothing was issued.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The issuer would not, or could not.
+    #[error(transparent)]
+    Issuer(#[from] issuer::Error),
+    /// No serial number.
+    #[error(transparent)]
+    Keys(#[from] keys::Error),
+}
+
+impl Error {
+    /// A short fixed name.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Issuer(e) => e.reason(),
+            Self::Keys(_) => "no_randomness",
+        }
+    }
+}
+
+/// What was issued, with the chain and the bundle of the same moment: one snapshot of the issuer makes all three.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// The certificate.
+    pub issued: Issued,
+    /// Who issued it: its chain and its bundle are the certificate's.
+    pub issuer: Arc<Issuer>,
+}
+
+impl Grant {
+    /// The certificate and its intermediates, PEM.
+    pub fn chain_pem(&self) -> String {
+        self.issuer.chain_pem(&self.issued)
+    }
+}
+
+/// The running CA of one trust domain.
+pub struct Authority {
+    trust_domain: TrustDomain,
+    issuer: ArcSwap<Issuer>,
+    metrics: Metrics,
+}
+
+impl Authority {
+    /// Begins with an issuer.
+    pub fn new(trust_domain: TrustDomain, issuer: Issuer) -> Self {
+        Self { trust_domain, issuer: ArcSwap::from_pointee(issuer), metrics: Metrics::default() }
+    }
+
+    /// The one door. `why` goes to the log and, by its first word, into the metrics.
+    pub fn issue(&self, order: &Order<'_>, now: OffsetDateTime, why: &str) -> Result<Grant, Error> {
+        let issuer = self.issuer.load_full();
+        let issued = keys::serial_number()
+            .map_err(Error::from)
+            .and_then(|serial| Ok(issuer.issue(order, now, serial)?))
+            .inspect_err(|e| self.metrics.failed(e.reason()))?;
+        self.metrics.issued(why);
+        let identity = order.profile.name();
+        let not_after = issued.validity.not_after.format(&Rfc3339).unwrap_or_default();
+        tracing::info!(%identity, serial = %issued.serial, %not_after, why, "certificate issued");
+        Ok(Grant { issued, issuer })
+    }
+
+    /// The issuer as it is now.
+    pub fn issuer(&self) -> Arc<Issuer> {
+        self.issuer.load_full()
+    }
+
+    /// Takes another issuer below the same roots. Nothing that was issued is touched: it stays valid.
+    pub fn replace(&self, issuer: Issuer) {
+        self.issuer.store(Arc::new(issuer));
+    }
+
+    /// Its trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// Its counters.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+}

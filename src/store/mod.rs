@@ -1,0 +1,130 @@
+//! Where the authority's key, certificates and roots are kept, and what is remembered of them.
+
+mod brought;
+mod own;
+mod pin;
+
+use std::future::Future;
+use std::path::PathBuf;
+
+pub use brought::BroughtStore;
+pub use own::OwnStore;
+
+use crate::core::authority_files;
+use crate::core::bundle;
+use crate::core::issuer::{self, Issuer};
+use crate::core::spiffe::TrustDomain;
+use crate::sys::{dir, files, keys, watch};
+
+/// Where an issuer comes from.
+pub trait AuthorityStore: Send {
+    /// Reads the issuer, and makes one where that is this store's to do and there never was one. An issuer of other
+    /// roots than those this data folder has known is refused.
+    fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error>;
+
+    /// Waits until loading anew may give something else. May be dropped and called again.
+    fn changed(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// Why there is no issuer. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The data folder cannot be used.
+    #[error(transparent)]
+    Dir(#[from] dir::Error),
+    /// A file that the user named cannot be read.
+    #[error(transparent)]
+    File(#[from] files::Error),
+    /// The brought folder cannot be watched.
+    #[error(transparent)]
+    Watch(#[from] watch::Error),
+    /// The state is there and cannot be used.
+    #[error(
+        "the authority in {folder} cannot be used: {fault}; restore that folder from a backup, or, to begin anew with another root, move the whole data folder {data} away: every identity is then issued again"
+    )]
+    State {
+        /// The authority's folder.
+        folder: PathBuf,
+        /// The data folder.
+        data: PathBuf,
+        /// What is wrong with it.
+        fault: String,
+    },
+    /// The brought authority cannot be used.
+    #[error("the authority in {folder}: {fault}")]
+    Brought {
+        /// The folder that was named.
+        folder: PathBuf,
+        /// What is wrong with it.
+        fault: authority_files::Error,
+    },
+    /// Others may read the key.
+    #[error(
+        "{path} has the mode {mode:04o}, so others may use the authority's key; make it {wanted:04o} with chmod"
+    )]
+    Exposed {
+        /// Which.
+        path: PathBuf,
+        /// As found.
+        mode: u32,
+        /// As it should be.
+        wanted: u32,
+    },
+    /// There was an authority, and it is gone.
+    #[error(
+        "{folder} is gone, but {evidence} shows that this data folder had an authority; restore {folder} from a backup, or, to begin anew with another root, move the whole data folder {data} away: every identity is then issued again"
+    )]
+    Lost {
+        /// The data folder.
+        data: PathBuf,
+        /// The authority's folder.
+        folder: PathBuf,
+        /// What shows it.
+        evidence: PathBuf,
+    },
+    /// Another root.
+    #[error(
+        "the root has changed: this data folder has known {known}, and {folder} now brings {brought}; workloads that trust the old root would refuse the new one. Bring a CA below the old root, or give another --data-dir, or, to switch at once, move the whole data folder {data} away: every identity is then issued again"
+    )]
+    ChangedRoot {
+        /// Fingerprints of the roots known.
+        known: String,
+        /// Fingerprints of the roots brought.
+        brought: String,
+        /// Where the new one comes from.
+        folder: PathBuf,
+        /// The data folder.
+        data: PathBuf,
+    },
+    /// A new root could not be made.
+    #[error(transparent)]
+    Keys(#[from] keys::Error),
+    /// A new root could not be made.
+    #[error(transparent)]
+    Key(#[from] crate::core::key::Error),
+    /// A new root could not be made.
+    #[error(transparent)]
+    Issuer(#[from] issuer::Error),
+    /// Roots that cannot be read.
+    #[error("{path}: {fault}")]
+    Bundle {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong.
+        fault: bundle::Error,
+    },
+}
+
+impl Error {
+    /// Whether the user can mend it by what was typed or brought, as opposed to a fault of the machine.
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Self::Keys(_) | Self::Key(_) | Self::Issuer(_))
+    }
+}
+
+/// The longest file that is read from an authority's folder.
+const MAX_FILE: usize = 1024 * 1024;
+/// The authority's folder within the data folder.
+const FOLDER: &str = "authority";
+/// The roots, within the data folder and within the authority's.
+pub const ROOTS: &str = authority_files::ROOT_CERT;
