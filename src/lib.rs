@@ -3,7 +3,9 @@
 //! The rooms, lowest rank first; `tests/layering.rs` keeps the direction.
 
 pub mod admin;
+pub mod app;
 pub mod authority;
+pub mod config;
 pub mod core;
 pub mod proto;
 pub mod reconcile;

@@ -276,6 +276,11 @@ impl Issuer {
         &self.chain
     }
 
+    /// Whether it signs and delivers the same as another.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.certificate == other.certificate && self.chain == other.chain && self.bundle == other.bundle
+    }
+
     /// The roots.
     pub fn bundle(&self) -> &Arc<TrustBundle> {
         &self.bundle

@@ -1,0 +1,290 @@
+//! `mica serve DIR`.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use super::report;
+use crate::admin;
+use crate::authority::Authority;
+use crate::config::serve::{Args, ServingName};
+use crate::core::lifetime::Lifetime;
+use crate::reconcile::{self, Event, Reconciler};
+use crate::serve;
+use crate::serve::tls::{Names, ServingCertificate};
+use crate::sink::Sink as _;
+use crate::sink::folder::FolderSink;
+use crate::source::Source as _;
+use crate::source::folder::FolderSource;
+use crate::store::{AuthorityStore, BroughtStore, OwnStore};
+use crate::sys::dir::{Access, Dir};
+use crate::sys::{clock, files};
+use crate::telemetry;
+
+/// Why Mica does not run, or no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What was typed or brought cannot be used.
+    #[error("{0}")]
+    Usage(String),
+    /// Mica, or the machine below it, is at fault.
+    #[error("{0}")]
+    Fault(String),
+}
+
+/// Shorter ones would be renewed more often than once in five seconds.
+const SHORTEST: Lifetime = Lifetime::from_secs(10);
+/// Where it listens, in the data folder.
+const ADDRESSES: &str = "addresses.json";
+/// Who holds the data folder.
+const LOCK: &str = "lock";
+/// The delivered folders, in the data folder unless they are elsewhere.
+const SECRETS: &str = "secrets";
+/// What is under way when a signal comes has this long to end.
+const GRACE: Duration = Duration::from_secs(10);
+/// Events that wait while the loop works.
+const EVENTS: usize = 64;
+
+/// Runs until SIGTERM or SIGINT.
+pub fn run(args: Args) -> Result<(), Error> {
+    if args.ttl < SHORTEST || args.ttl > args.max_ttl {
+        let (ttl, longest) = (args.ttl, args.max_ttl);
+        return Err(usage(format_args!("--ttl {ttl} is not between {SHORTEST} and --max-ttl {longest}")));
+    }
+    telemetry::start(args.log_format, args.log_level);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| Error::Fault(format!("cannot start the runtime: {e}")))?;
+    let ended = runtime.block_on(start(args));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended
+}
+
+async fn start(args: Args) -> Result<(), Error> {
+    let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
+    let source = args.source.display();
+    let holder = format!(
+        "mica serve {source}, process {}, since {}",
+        std::process::id(),
+        report::moment(clock::now())
+    );
+    let _lock = data.lock(LOCK, &holder).map_err(usage)?;
+    data.clear_leftovers().map_err(fault)?;
+    remove(&data, ADDRESSES)?;
+    let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
+    let source =
+        FolderSource::open(&args.source, &[args.data_dir.clone(), secrets.clone()]).map_err(usage)?;
+    match &args.authority {
+        None => {
+            let store = OwnStore::new(data.try_clone().map_err(fault)?);
+            run_with(args, data, secrets, source, store).await
+        }
+        Some(folder) => {
+            let passphrase = args.passphrase_file.as_deref().map(passphrase).transpose()?;
+            let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
+            run_with(args, data, secrets, source, store).await
+        }
+    }
+}
+
+async fn run_with(
+    args: Args,
+    data: Dir,
+    secrets: PathBuf,
+    mut source: FolderSource,
+    mut store: impl AuthorityStore + 'static,
+) -> Result<(), Error> {
+    let grpc = bind(args.grpc_address, "--grpc-address").await?;
+    let http = bind(args.http_address, "--http-address").await?;
+    let access = Access { mode: args.secrets_mode, owner: args.secrets_owner, group: args.secrets_group };
+    let sink = Arc::new(FolderSink::open(&data, &secrets, access).map_err(usage)?);
+    let issuer =
+        store.load(&args.trust_domain).map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
+    let authority = Arc::new(Authority::new(args.trust_domain.clone(), issuer));
+
+    let mut registry = Registry::default();
+    let metrics = reconcile::Metrics::default();
+    metrics.register(&mut registry);
+    authority.register(&mut registry);
+    source.register(&mut registry);
+
+    let (stop, stopped) = watch::channel(false);
+    let stopping = || {
+        let mut stopped = stopped.clone();
+        async move {
+            // An error means that the sender is gone, which is an end too.
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }
+    };
+    let (events, inbox) = mpsc::channel(EVENTS);
+    let (first, first_pass) = oneshot::channel();
+    let started = Arc::new(AtomicBool::new(false));
+    let ready: admin::Ready = {
+        let (authority, started) = (authority.clone(), started.clone());
+        Arc::new(move || {
+            authority.issuer().usable(clock::now()).map_err(|e| e.to_string())?;
+            if started.load(Ordering::Relaxed) {
+                Ok(())
+            } else {
+                Err("the first pass is not done".to_owned())
+            }
+        })
+    };
+    let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
+
+    let mut tasks = JoinSet::new();
+    let options = reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() };
+    let (door, place) = (authority.clone(), sink.clone());
+    let reconciler = Reconciler::new(door, place, options, metrics, stopped.clone(), report::progress());
+    // Writing folders blocks, so the loop has a thread of its own.
+    let handle = tokio::runtime::Handle::current();
+    tasks.spawn_blocking(move || {
+        handle.block_on(reconciler.run(inbox, first));
+        Ok(())
+    });
+    let source_events = events.clone();
+    tasks.spawn(until(stopping(), async move {
+        while source_events.send(Event::Source(source.next().await)).await.is_ok() {}
+    }));
+    let sink_events = events.clone();
+    tasks.spawn(until(stopping(), async move {
+        while sink_events.send(Event::Disturbed(sink.disturbed().await)).await.is_ok() {}
+    }));
+    tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    let kept = certificate.clone();
+    tasks.spawn(until(stopping(), async move { kept.keep().await }));
+    let addresses =
+        Addresses { grpc: grpc.local_addr().map_err(fault)?, http: http.local_addr().map_err(fault)? };
+    let (ends, asked) = (stopping(), ready.clone());
+    tasks.spawn(async move { admin::serve(http, Arc::new(registry), asked, ends).await.map_err(fault) });
+    let ends = stopping();
+    tasks.spawn(async move { serve::serve(grpc, certificate, ready, ends).await.map_err(fault) });
+
+    let mut terminate = signal(SignalKind::terminate()).map_err(fault)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(fault)?;
+    let announced = async {
+        let Ok(report) = first_pass.await else { return std::future::pending().await };
+        started.store(true, Ordering::Relaxed);
+        addresses.publish(&data)?;
+        report::print(&args, &secrets, &authority, &addresses, &report);
+        std::future::pending().await
+    };
+    let ended = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        ended = tasks.join_next() => Err(unexpected(ended)),
+        failed = announced => failed,
+    };
+    stop.send_replace(true);
+    remove(&data, ADDRESSES)?;
+    tokio::select! {
+        () = async { while tasks.join_next().await.is_some() {} } => {}
+        () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopped");
+    ended
+}
+
+/// Where Mica listens.
+pub(super) struct Addresses {
+    pub(super) grpc: SocketAddr,
+    pub(super) http: SocketAddr,
+}
+
+impl Addresses {
+    fn publish(&self, data: &Dir) -> Result<(), Error> {
+        let text = serde_json::json!({"grpc": self.grpc.to_string(), "http": self.http.to_string()});
+        data.replace(ADDRESSES, format!("{text}\n").as_bytes(), Access::mode(0o644)).map_err(fault)
+    }
+}
+
+/// Takes what the store has when it changes; what cannot be used changes nothing.
+async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, events: mpsc::Sender<Event>) {
+    loop {
+        store.changed().await;
+        match store.load(authority.trust_domain()) {
+            Ok(issuer) if issuer.is_same(&authority.issuer()) => {}
+            Ok(issuer) => {
+                let serial = issuer.certificate().serial_text();
+                tracing::info!(%serial, "the authority has a new issuer below the same root");
+                authority.replace(issuer);
+                if events.send(Event::Issuer).await.is_err() {
+                    return;
+                }
+            }
+            Err(fault) => {
+                authority.metrics().reload_failed();
+                tracing::error!(%fault, "the changed authority is not taken, the one before stays");
+            }
+        }
+    }
+}
+
+async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|e| usage(format_args!("cannot listen on {flag} {address}: {e}; port 0 picks a free one")))
+}
+
+async fn until(stop: impl Future<Output = ()>, work: impl Future<Output = ()>) -> Result<(), Error> {
+    tokio::select! {
+        () = stop => {}
+        () = work => {}
+    }
+    Ok(())
+}
+
+fn unexpected(ended: Option<Result<Result<(), Error>, tokio::task::JoinError>>) -> Error {
+    match ended {
+        Some(Ok(Err(error))) => error,
+        Some(Err(panic)) => Error::Fault(format!("a task failed: {panic}")),
+        Some(Ok(Ok(()))) | None => Error::Fault("a task ended early".to_owned()),
+    }
+}
+
+fn names(typed: &[ServingName]) -> Names {
+    let mut names = Names { dns: Vec::new(), addresses: Vec::new() };
+    for name in typed {
+        match name {
+            ServingName::Dns(name) => names.dns.push(name.clone()),
+            ServingName::Address(address) => names.addresses.push(*address),
+        }
+    }
+    names
+}
+
+fn passphrase(path: &Path) -> Result<zeroize::Zeroizing<Vec<u8>>, Error> {
+    let mut text = files::read(path, 4096).map_err(usage)?;
+    while text.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
+        text.pop();
+    }
+    Ok(text)
+}
+
+fn remove(data: &Dir, name: &str) -> Result<(), Error> {
+    match data.unlink(name) {
+        Err(e) if !e.is_absent() => Err(fault(e)),
+        _ => Ok(()),
+    }
+}
+
+fn usage(why: impl ToString) -> Error {
+    Error::Usage(why.to_string())
+}
+
+fn fault(why: impl ToString) -> Error {
+    Error::Fault(why.to_string())
+}

@@ -1,0 +1,3 @@
+//! What the user types.
+
+pub mod serve;

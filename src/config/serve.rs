@@ -1,0 +1,193 @@
+//! The flags of `mica serve`. Each can also be set by the environment variable `MICA_<FLAG>`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use crate::core::key::KeyKind;
+use crate::core::lifetime::Lifetime;
+use crate::core::profile::DnsName;
+use crate::core::spiffe::TrustDomain;
+use crate::telemetry::LogFormat;
+
+const EXAMPLES: &str = "\
+Examples:
+  mica serve examples/bookinfo
+  mica serve manifests/ --trust-domain example.org --ttl 1h
+  mica serve manifests/ --authority /etc/mica/ca --secrets /var/lib/mica/secrets --secrets-group 1337 --secrets-mode 0640
+
+Each flag can also be set by the environment variable MICA_<FLAG>, such as MICA_TRUST_DOMAIN.";
+
+/// Run the authority: service accounts in, rotating certificates out.
+///
+/// Reads the service accounts from the Kubernetes manifests below DIR (ServiceAccounts, and the accounts of pods and
+/// workloads), makes a root on the first start, and keeps a certificate, a key and the trust bundle for each account in
+/// <SECRETS>/<namespace>/istio.<account>/, which proxies mount. Changes below DIR are followed within two seconds.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Folder of Kubernetes manifests (.yaml, .yml, .json), nested as you like
+    #[arg(value_name = "DIR", env = "MICA_DIR", hide_env = true)]
+    pub source: PathBuf,
+
+    /// Folder for the authority's own state; made if missing, and held by one mica at a time
+    #[arg(long, value_name = "DIR", default_value = "./.mica", env = "MICA_DATA_DIR", hide_env = true)]
+    pub data_dir: PathBuf,
+
+    /// Folder to deliver to [default: <DATA_DIR>/secrets]
+    #[arg(long, value_name = "DIR", env = "MICA_SECRETS", hide_env = true)]
+    pub secrets: Option<PathBuf>,
+
+    /// Trust domain of every identity
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "cluster.local",
+        env = "MICA_TRUST_DOMAIN",
+        hide_env = true
+    )]
+    pub trust_domain: TrustDomain,
+
+    /// Lifetime of the certificates, from 10s up (s, m, h, d or y)
+    #[arg(long, value_name = "DURATION", default_value = "24h", env = "MICA_TTL", hide_env = true)]
+    pub ttl: Lifetime,
+
+    /// Longest lifetime that may be asked for (s, m, h, d or y)
+    #[arg(long, value_name = "DURATION", default_value = "90d", env = "MICA_MAX_TTL", hide_env = true)]
+    pub max_ttl: Lifetime,
+
+    /// Kind of the keys that are made for the accounts
+    #[arg(long, value_name = "KIND", default_value = "p256", env = "MICA_KEY_KIND", hide_env = true)]
+    pub key_kind: MadeKind,
+
+    /// Bring your own CA: a folder of ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem, or of tls.crt, tls.key
+    /// and ca.crt; a new intermediate below the same root is taken while running
+    #[arg(long, value_name = "DIR", env = "MICA_AUTHORITY", hide_env = true)]
+    pub authority: Option<PathBuf>,
+
+    /// File with the passphrase of the brought CA's key; a line break at its end does not count
+    #[arg(long, value_name = "FILE", requires = "authority", env = "MICA_PASSPHRASE_FILE", hide_env = true)]
+    pub passphrase_file: Option<PathBuf>,
+
+    /// Owner of the delivered files, as a number [default: whoever runs mica]
+    #[arg(long, value_name = "UID", env = "MICA_SECRETS_OWNER", hide_env = true)]
+    pub secrets_owner: Option<u32>,
+
+    /// Group of the delivered files, as a number [default: whoever runs mica]
+    #[arg(long, value_name = "GID", env = "MICA_SECRETS_GROUP", hide_env = true)]
+    pub secrets_group: Option<u32>,
+
+    /// Mode of the delivered files; their folders can be entered by those who can read them
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value = "0600",
+        value_parser = mode,
+        env = "MICA_SECRETS_MODE",
+        hide_env = true
+    )]
+    pub secrets_mode: u32,
+
+    /// Where the gRPC services listen, over TLS; port 0 picks a free one
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:15012",
+        env = "MICA_GRPC_ADDRESS",
+        hide_env = true
+    )]
+    pub grpc_address: SocketAddr,
+
+    /// Where /livez, /readyz and /metrics listen, over plain HTTP; port 0 picks a free one
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:15014",
+        env = "MICA_HTTP_ADDRESS",
+        hide_env = true
+    )]
+    pub http_address: SocketAddr,
+
+    /// DNS names and addresses of the gRPC port's certificate
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        default_values_t = default_names(),
+        env = "MICA_DNS_NAMES",
+        hide_env = true
+    )]
+    pub dns_names: Vec<ServingName>,
+
+    /// How the log is written [default: human on a terminal, else json]
+    #[arg(long, value_name = "FORMAT", value_enum, env = "MICA_LOG_FORMAT", hide_env = true)]
+    pub log_format: Option<LogFormat>,
+
+    /// What is logged: error, warn, info or debug
+    #[arg(long, value_name = "LEVEL", default_value = "info", env = "MICA_LOG_LEVEL", hide_env = true)]
+    pub log_level: tracing::Level,
+}
+
+/// The kinds of keys that Mica makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MadeKind {
+    /// ECDSA on P-256.
+    P256,
+    /// ECDSA on P-384.
+    P384,
+    /// Ed25519, which Envoy does not take.
+    Ed25519,
+}
+
+impl From<MadeKind> for KeyKind {
+    fn from(kind: MadeKind) -> Self {
+        match kind {
+            MadeKind::P256 => Self::P256,
+            MadeKind::P384 => Self::P384,
+            MadeKind::Ed25519 => Self::Ed25519,
+        }
+    }
+}
+
+/// A name or an address that clients reach Mica by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServingName {
+    /// A DNS name.
+    Dns(DnsName),
+    /// An IP address.
+    Address(IpAddr),
+}
+
+impl std::str::FromStr for ServingName {
+    type Err = crate::core::profile::DnsNameError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        name.parse().map(Self::Address).or_else(|_| name.parse().map(Self::Dns))
+    }
+}
+
+impl std::fmt::Display for ServingName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Dns(name) => name.fmt(f),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+/// What istiod and istio-ca are reached by, and this machine.
+fn default_names() -> Vec<ServingName> {
+    ["istiod.istio-system.svc", "istio-ca", "istio-ca.istio-system.svc", "localhost"]
+        .into_iter()
+        .filter_map(|name| name.parse().ok().map(ServingName::Dns))
+        .chain([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()].map(ServingName::Address))
+        .collect()
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| mode & !0o777 == 0)
+        .ok_or_else(|| format!("{text:?} is no file mode; give one in octal, such as 0600 or 0640"))
+}
