@@ -4,12 +4,15 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -72,6 +75,11 @@ pub fn run(args: Args) -> Result<(), Error> {
 }
 
 async fn start(args: Args) -> Result<(), Error> {
+    // First of all, so that a signal never finds the default, which is to die on the spot.
+    let signals = Signals {
+        terminate: signal(SignalKind::terminate()).map_err(fault)?,
+        interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
+    };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
     let source = args.source.display();
     let holder = format!(
@@ -88,12 +96,12 @@ async fn start(args: Args) -> Result<(), Error> {
     match &args.authority {
         None => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
-            run_with(args, data, secrets, source, store).await
+            run_with(args, data, secrets, source, store, signals).await
         }
         Some(folder) => {
             let passphrase = args.passphrase_file.as_deref().map(passphrase).transpose()?;
             let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
-            run_with(args, data, secrets, source, store).await
+            run_with(args, data, secrets, source, store, signals).await
         }
     }
 }
@@ -104,20 +112,22 @@ async fn run_with(
     secrets: PathBuf,
     mut source: FolderSource,
     mut store: impl AuthorityStore + 'static,
+    mut signals: Signals,
 ) -> Result<(), Error> {
     let grpc = bind(args.grpc_address, "--grpc-address").await?;
     let http = bind(args.http_address, "--http-address").await?;
-    let access = Access { mode: args.secrets_mode, owner: args.secrets_owner, group: args.secrets_group };
-    let sink = Arc::new(FolderSink::open(&data, &secrets, access).map_err(usage)?);
+    // Before the sink, whose record shows that there was an authority.
     let issuer =
         store.load(&args.trust_domain).map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
     let authority = Arc::new(Authority::new(args.trust_domain.clone(), issuer));
+    let access = Access { mode: args.secrets_mode, owner: args.secrets_owner, group: args.secrets_group };
+    let sink = Arc::new(FolderSink::open(&data, &secrets, access).map_err(usage)?);
 
     let mut registry = Registry::default();
     let metrics = reconcile::Metrics::default();
     metrics.register(&mut registry);
     authority.register(&mut registry);
-    source.register(&mut registry);
+    registry.register_collector(Box::new(SourceFaults(source.faults())));
 
     let (stop, stopped) = watch::channel(false);
     let stopping = || {
@@ -171,8 +181,6 @@ async fn run_with(
     let ends = stopping();
     tasks.spawn(async move { serve::serve(grpc, certificate, ready, ends).await.map_err(fault) });
 
-    let mut terminate = signal(SignalKind::terminate()).map_err(fault)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(fault)?;
     let announced = async {
         let Ok(report) = first_pass.await else { return std::future::pending().await };
         started.store(true, Ordering::Relaxed);
@@ -181,8 +189,7 @@ async fn run_with(
         std::future::pending().await
     };
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        () = signals.next() => Ok(()),
         ended = tasks.join_next() => Err(unexpected(ended)),
         failed = announced => failed,
     };
@@ -191,11 +198,25 @@ async fn run_with(
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.next() => {}
     }
     tracing::info!("stopped");
     ended
+}
+
+/// SIGTERM and SIGINT, which both ask Mica to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// Where Mica listens.
@@ -230,6 +251,18 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
                 tracing::error!(%fault, "the changed authority is not taken, the one before stays");
             }
         }
+    }
+}
+
+/// How many documents, files and folders of the source cannot be read at the moment.
+#[derive(Debug)]
+struct SourceFaults(Arc<AtomicUsize>);
+
+impl Collector for SourceFaults {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let gauge = ConstGauge::new(self.0.load(Ordering::Relaxed) as u64);
+        let help = "Documents, files and folders of the source that cannot be read or are refused";
+        gauge.encode(encoder.encode_descriptor("mica_source_faults", help, None, gauge.metric_type())?)
     }
 }
 

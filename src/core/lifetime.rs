@@ -56,7 +56,10 @@ impl fmt::Display for Lifetime {
         let seconds = self.0.as_secs();
         let (name, unit) = UNITS
             .into_iter()
-            .find(|(_, unit)| seconds >= *unit && seconds.is_multiple_of(*unit))
+            // One day is written as everybody writes it: 24h.
+            .find(|(name, unit)| {
+                seconds >= *unit && seconds.is_multiple_of(*unit) && !(*name == 'd' && seconds == *unit)
+            })
             .unwrap_or(('s', 1));
         write!(f, "{}{name}", seconds / unit)
     }
@@ -128,7 +131,7 @@ mod tests {
             assert_eq!(lifetime.to_string().parse::<Lifetime>().unwrap(), lifetime);
         }
         assert_eq!("24h".parse::<Lifetime>().unwrap().duration(), Duration::from_secs(86_400));
-        assert_eq!("24h".parse::<Lifetime>().unwrap().to_string(), "1d");
+        assert_eq!("1d".parse::<Lifetime>().unwrap().to_string(), "24h");
         for text in ["", "s", "1", "-1s", "1.5h", "1w", "1 h", "99999999999999999999s", "1001y", "1µ", "+1s"]
         {
             assert!(text.parse::<Lifetime>().is_err(), "{text:?}");

@@ -7,3 +7,4 @@ mod envoy;
 mod fixtures;
 mod go_spiffe;
 mod parts;
+mod serve;

@@ -1,0 +1,336 @@
+//! The authority's state: never lost, never made twice, brought by the user, taken while running.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::{Place, tree, wait_for};
+use crate::fixtures::run;
+use crate::parts;
+
+const FILES: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem"];
+
+#[test]
+fn a_damaged_partial_or_foreign_state_ends_the_start_and_changes_nothing() {
+    let (place, foreign) = (Place::new(), Place::new());
+    for place in [&place, &foreign] {
+        place.account("web");
+        place.start(&[]).stop();
+    }
+    let state = place.data().join("authority");
+    let whole: Vec<_> = FILES.map(|name| fs::read(state.join(name)).unwrap()).into();
+    let restore = || {
+        fs::create_dir_all(&state).unwrap();
+        for (name, bytes) in FILES.iter().zip(&whole) {
+            fs::write(state.join(name), bytes).unwrap();
+        }
+        fs::set_permissions(&state, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(state.join("ca-key.pem"), fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    let theirs = foreign.data().join("authority");
+    let mut damages: Vec<(String, Box<dyn Fn()>)> = Vec::new();
+    for name in FILES {
+        let path = state.join(name);
+        let (gone, cut, garbage, other) = (path.clone(), path.clone(), path.clone(), path.clone());
+        damages.push((format!("{name} gone"), Box::new(move || fs::remove_file(&gone).unwrap())));
+        damages.push((
+            format!("{name} cut"),
+            Box::new(move || {
+                let bytes = fs::read(&cut).unwrap();
+                fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
+            }),
+        ));
+        damages.push((format!("{name} garbage"), Box::new(move || fs::write(&garbage, "garbage").unwrap())));
+        // The chain of a root says nothing that the certificate does not say, and roots in it are left out.
+        if name != "cert-chain.pem" {
+            let theirs = theirs.join(name);
+            damages.push((
+                format!("{name} of another authority"),
+                Box::new(move || fs::write(&other, fs::read(&theirs).unwrap()).unwrap()),
+            ));
+        }
+    }
+    let key = state.join("ca-key.pem");
+    damages.push((
+        "ca-key.pem for all to read".to_owned(),
+        Box::new(move || fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap()),
+    ));
+    let (from, to) = (theirs.clone(), state.clone());
+    damages.push((
+        "another authority".to_owned(),
+        Box::new(move || {
+            for name in FILES {
+                fs::write(to.join(name), fs::read(from.join(name)).unwrap()).unwrap();
+            }
+        }),
+    ));
+    let gone = state.clone();
+    damages.push(("authority gone".to_owned(), Box::new(move || fs::remove_dir_all(&gone).unwrap())));
+    let (secrets, root) = (tree(&place.data().join("secrets")), place.root_pem());
+    for (what, damage) in damages {
+        damage();
+        let before = tree(&state);
+        let refused = place.refused(&[]);
+        let named = what.split(' ').next().unwrap().trim_start_matches("another");
+        assert!(
+            refused.contains(named) && refused.contains("backup") || refused.contains("chmod"),
+            "{what}: {refused}"
+        );
+        assert_eq!(tree(&state), before, "{what}");
+        assert_eq!(tree(&place.data().join("secrets")), secrets, "{what}");
+        restore();
+        assert_eq!(place.root_pem(), root, "{what}");
+    }
+    place.start(&[]).stop();
+    assert_eq!(tree(&place.data().join("secrets")), secrets);
+}
+
+#[test]
+fn another_trust_domain_is_refused() {
+    let place = Place::new();
+    place.account("web");
+    place.start(&[]).stop();
+    let refused = place.refused(&["--trust-domain", "example.org"]);
+    assert!(refused.contains("cluster.local") && refused.contains("example.org"), "{refused}");
+}
+
+/// A CA of OpenSSL's making, as users bring them.
+struct Brought {
+    folder: tempfile::TempDir,
+}
+
+impl Brought {
+    fn new() -> Self {
+        let brought = Self { folder: tempfile::tempdir().unwrap() };
+        brought.openssl(
+            &["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650", "-sha256"],
+            |command| {
+                command.args([
+                    "-subj",
+                    "/DC=org/DC=example/O=Example/CN=Root",
+                    "-keyout",
+                    "root.key",
+                    "-out",
+                    "root.pem",
+                ]);
+                command.args(["-addext", "basicConstraints=critical,CA:TRUE"]);
+                command.args(["-addext", "keyUsage=critical,keyCertSign,cRLSign"]);
+            },
+        );
+        brought
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn openssl(&self, arguments: &[&str], more: impl FnOnce(&mut std::process::Command)) {
+        let mut command = parts::openssl();
+        command.current_dir(self.folder.path()).args(arguments);
+        more(&mut command);
+        run(&mut command);
+    }
+
+    /// An intermediate below the root, with a key of this kind, as four files in a folder.
+    fn intermediate(&self, name: &str, key: &[&str], days: &str) -> PathBuf {
+        let folder = self.path(name);
+        fs::create_dir_all(&folder).unwrap();
+        self.openssl(&["genpkey", "-out"], |command| {
+            command.arg(format!("{name}.key")).args(key);
+        });
+        self.openssl(&["req", "-new", "-sha256", "-subj"], |command| {
+            command.arg(format!("/DC=org/DC=example/OU=a/OU=b/CN={name}"));
+            command.args(["-key", &format!("{name}.key"), "-out", &format!("{name}.csr")]);
+        });
+        fs::write(
+            self.path("ext"),
+            "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n\
+             subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n",
+        )
+        .unwrap();
+        self.openssl(
+            &["x509", "-req", "-sha256", "-CA", "root.pem", "-CAkey", "root.key", "-days", days],
+            |command| {
+                command.args([
+                    "-extfile",
+                    "ext",
+                    "-in",
+                    &format!("{name}.csr"),
+                    "-out",
+                    &format!("{name}.pem"),
+                ]);
+            },
+        );
+        self.put(name, &folder);
+        folder
+    }
+
+    /// Copies the files of an intermediate into a folder, one after the other, as people do.
+    fn put(&self, name: &str, folder: &Path) {
+        let read = |file: String| fs::read_to_string(self.path(&file)).unwrap();
+        let (certificate, root) = (read(format!("{name}.pem")), read("root.pem".to_owned()));
+        fs::write(folder.join("ca-cert.pem"), &certificate).unwrap();
+        fs::write(folder.join("ca-key.pem"), read(format!("{name}.key"))).unwrap();
+        fs::write(folder.join("cert-chain.pem"), certificate + &root).unwrap();
+        fs::write(folder.join("root-cert.pem"), root).unwrap();
+    }
+}
+
+const P256: [&str; 4] = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"];
+const RSA: [&str; 4] = ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"];
+
+fn openssl_accepts(place: &Place, account: &str) {
+    for purpose in ["sslserver", "sslclient"] {
+        let chain = place.folder("shop", account).join("cert-chain.pem");
+        let mut command = parts::openssl();
+        command.args(["verify", "-x509_strict", "-purpose", purpose, "-CAfile"]);
+        run(command.arg(place.data().join("root-cert.pem")).arg("-untrusted").arg(&chain).arg(&chain));
+    }
+}
+
+#[test]
+fn a_brought_authority_issues_and_its_new_intermediate_is_taken_while_running() {
+    let (place, brought) = (Place::new(), Brought::new());
+    place.account("web");
+    let folder = brought.intermediate("one", &RSA, "30");
+    let authority = folder.to_str().unwrap();
+    let mica = place.start(&["--authority", authority]);
+    openssl_accepts(&place, "web");
+    let chain = fs::read_to_string(place.folder("shop", "web").join("cert-chain.pem")).unwrap();
+    assert_eq!(
+        chain.matches("BEGIN CERTIFICATE").count(),
+        2,
+        "the leaf and its intermediate, without the root"
+    );
+    assert!(!place.data().join("authority/ca-key.pem").exists(), "a brought key stays where it is");
+    let serial = place.serial("web");
+
+    // Broken on the way: the old one stays.
+    fs::write(folder.join("ca-cert.pem"), "garbage").unwrap();
+    wait_for(Duration::from_secs(5), "a report", || mica.log().contains("not taken").then_some(()));
+    place.account("meanwhile");
+    place.wait_for_account("meanwhile", Duration::from_secs(2));
+    assert!(mica.metric("mica_authority_reload_failures_total") >= 1.0);
+
+    brought.intermediate("two", &P256, "30");
+    brought.put("two", &folder);
+    wait_for(Duration::from_secs(5), "the new issuer", || {
+        mica.log().contains("has a new issuer").then_some(())
+    });
+    place.account("db");
+    place.wait_for_account("db", Duration::from_secs(2));
+    openssl_accepts(&place, "db");
+    assert_ne!(place.leaf("db").issuer, place.leaf("web").issuer);
+    assert_eq!(place.serial("web"), serial, "what was issued below the old intermediate stays good");
+
+    // Another root is not taken.
+    let other = Brought::new();
+    other.intermediate("three", &P256, "30");
+    other.put("three", &folder);
+    wait_for(Duration::from_secs(5), "a refusal", || {
+        mica.log().contains("the root has changed").then_some(())
+    });
+    assert_eq!(mica.page("/readyz").0, 200);
+    place.account("still");
+    place.wait_for_account("still", Duration::from_secs(2));
+    assert_eq!(place.leaf("still").issuer, place.leaf("db").issuer);
+    mica.stop();
+    let refused = place.refused(&["--authority", authority]);
+    assert!(refused.contains("the root has changed") && refused.contains("--data-dir"), "{refused}");
+    let refused = place.refused(&[]);
+    assert!(refused.contains("--authority"), "{refused}");
+}
+
+#[test]
+fn keys_of_every_form_are_taken_and_those_that_do_not_fit_are_refused() {
+    let brought = Brought::new();
+    let rsa = brought.intermediate("rsa", &RSA, "30");
+    let ec = brought.intermediate("ec", &P256, "30");
+    let ed = brought.intermediate("ed", &["-algorithm", "ED25519"], "30");
+    let fresh = || {
+        let place = Place::new();
+        place.account("web");
+        place
+    };
+    for folder in [&rsa, &ec, &ed] {
+        let place = fresh();
+        place.start(&["--authority", folder.to_str().unwrap()]).stop();
+        openssl_accepts(&place, "web");
+    }
+    // PKCS#1 and SEC1.
+    for (folder, kind) in [(&rsa, "rsa"), (&ec, "ec")] {
+        let key = folder.join("ca-key.pem");
+        brought.openssl(&[kind, "-in"], |command| {
+            command.arg(&key).arg("-out").arg(&key);
+            if kind == "rsa" {
+                command.arg("-traditional");
+            }
+        });
+        let place = fresh();
+        place.start(&["--authority", folder.to_str().unwrap()]).stop();
+        openssl_accepts(&place, "web");
+    }
+    // Encrypted PKCS#8.
+    let key = ec.join("ca-key.pem");
+    brought.openssl(&["pkcs8", "-topk8", "-passout", "pass:secret", "-in"], |command| {
+        command.arg(&key).arg("-out").arg(&key);
+    });
+    let refused = fresh().refused(&["--authority", ec.to_str().unwrap()]);
+    assert!(refused.contains("--passphrase-file"), "{refused}");
+    let passphrase = brought.path("passphrase");
+    fs::write(&passphrase, "wrong\n").unwrap();
+    let arguments = ["--authority", ec.to_str().unwrap(), "--passphrase-file", passphrase.to_str().unwrap()];
+    let refused = fresh().refused(&arguments);
+    assert!(refused.contains("passphrase is wrong") && !refused.contains("secret"), "{refused}");
+    fs::write(&passphrase, "secret\n").unwrap();
+    let place = fresh();
+    place.start(&arguments).stop();
+    openssl_accepts(&place, "web");
+    // The TLS form.
+    let tls = brought.path("tls");
+    fs::create_dir(&tls).unwrap();
+    fs::copy(brought.path("rsa.pem"), tls.join("tls.crt")).unwrap();
+    fs::copy(brought.path("rsa.key"), tls.join("tls.key")).unwrap();
+    fs::copy(brought.path("root.pem"), tls.join("ca.crt")).unwrap();
+    let place = fresh();
+    place.start(&["--authority", tls.to_str().unwrap()]).stop();
+    openssl_accepts(&place, "web");
+    // Another's key, and a missing file.
+    fs::copy(brought.path("ed.key"), tls.join("tls.key")).unwrap();
+    let refused = fresh().refused(&["--authority", tls.to_str().unwrap()]);
+    assert!(refused.contains("tls.key") || refused.contains("key"), "{refused}");
+    fs::remove_file(tls.join("ca.crt")).unwrap();
+    let refused = fresh().refused(&["--authority", tls.to_str().unwrap()]);
+    assert!(refused.contains("ca.crt"), "{refused}");
+}
+
+#[test]
+fn with_an_expired_issuer_mica_runs_is_not_ready_and_loses_nothing() {
+    let (place, brought) = (Place::new(), Brought::new());
+    place.account("web");
+    let folder = brought.intermediate("one", &P256, "30");
+    let mica = place.start(&["--authority", folder.to_str().unwrap()]);
+    assert_eq!(mica.page("/readyz").0, 200);
+    mica.stop();
+    let secrets = tree(&place.data().join("secrets"));
+    brought.openssl(
+        &["x509", "-req", "-sha256", "-CA", "root.pem", "-CAkey", "root.key", "-days", "-1"],
+        |command| {
+            command.args(["-extfile", "ext", "-in", "one.csr", "-out", "one.pem"]);
+        },
+    );
+    brought.put("one", &folder);
+    let mica = place.start(&["--authority", folder.to_str().unwrap()]);
+    let (status, why) = mica.page("/readyz");
+    assert_eq!(status, 503);
+    assert!(why.contains("expired"), "{why}");
+    assert_eq!(mica.page("/livez").0, 200);
+    assert!(mica.metric("citadel_server_cert_chain_expiry_seconds") < 0.0);
+    assert_eq!(tree(&place.data().join("secrets")), secrets, "what was delivered stays");
+    // A good one mends it, without a restart.
+    brought.intermediate("two", &P256, "30");
+    brought.put("two", &folder);
+    wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
+    mica.stop();
+}
