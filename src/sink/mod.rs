@@ -1,5 +1,7 @@
 //! Where certificates are put. A sink knows which places it made itself, and touches no others.
 
+pub mod folder;
+
 use std::future::Future;
 use std::path::PathBuf;
 
@@ -66,7 +68,7 @@ pub enum Error {
     #[error(transparent)]
     Dir(#[from] dir::Error),
     /// Not ours to change.
-    #[error("{account} is not delivered: {why}; move that away, and Mica delivers at once")]
+    #[error("{account} is not delivered: {why}; move that away, and mica delivers at once")]
     Foreign {
         /// For whom.
         account: ServiceAccount,
@@ -74,7 +76,7 @@ pub enum Error {
         why: String,
     },
     /// A folder with foreign contents has the name of one of our files.
-    #[error("{} is a folder with something in it, where Mica puts a link; move it away", path.display())]
+    #[error("{} is a folder with something in it, where mica puts a link; move it away", path.display())]
     Obstructed {
         /// The folder.
         path: PathBuf,
@@ -95,7 +97,7 @@ pub enum Error {
     Mode(u32),
     /// The record of our folders is not as we write it.
     #[error(
-        "line {line} of {} is {text:?}, which Mica did not write, so it cannot know which folders are its own; take that line out, or remove the file and all folders that Mica delivered", path.display()
+        "line {line} of {} is {text:?}, which mica did not write, so it cannot know which folders are its own; take that line out, or remove the file and all folders that mica delivered", path.display()
     )]
     Record {
         /// The record.
