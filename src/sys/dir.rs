@@ -171,6 +171,22 @@ impl Stat {
         self.group
     }
 
+    /// The number of the file on its file system.
+    pub fn inode(&self) -> u64 {
+        self.ino
+    }
+
+    /// Which users besides the owner may write, if any.
+    pub fn writable_by(&self) -> Option<&'static str> {
+        if self.mode() & 0o002 != 0 {
+            Some("every user")
+        } else if self.mode() & 0o020 != 0 && !has_private_group(self) {
+            Some("its group")
+        } else {
+            None
+        }
+    }
+
     /// Whether both are the same file, whatever happened to it in between.
     pub fn is_same_file(&self, other: &Self) -> bool {
         (self.dev, self.ino) == (other.dev, other.ino)
@@ -255,6 +271,16 @@ pub struct Lock {
     _fd: OwnedFd,
 }
 
+/// The user that files we make belong to.
+pub fn our_user() -> u32 {
+    process::geteuid().as_raw()
+}
+
+/// The group that files we make belong to, unless a folder imposes another.
+pub fn our_group() -> u32 {
+    process::getegid().as_raw()
+}
+
 /// Opening.
 impl Dir {
     /// Opens a folder that no other user can change or replace, making it (with this mode) if asked to. Links on the
@@ -279,6 +305,14 @@ impl Dir {
         let folder = self.subdir(name)?;
         folder.settle(access)?;
         Ok(folder)
+    }
+
+    /// Another handle to this folder.
+    pub fn try_clone(&self) -> Result<Self, Error> {
+        match self.fd.try_clone() {
+            Ok(fd) => Ok(Self { fd, path: self.path.clone() }),
+            Err(source) => Err(Error::Io { action: "open again", path: self.path.clone(), source }),
+        }
     }
 
     fn open_folder(&self, name: &str, how: OFlags) -> Result<Self, Error> {
@@ -824,7 +858,7 @@ impl Walk {
             rest: Vec::new(),
             within: vec![Dir { fd: root, path: PathBuf::from("/") }],
             links: 0,
-            us: process::geteuid().as_raw(),
+            us: our_user(),
             goal,
         };
         let goal = walk.goal.clone();
@@ -914,7 +948,7 @@ impl Walk {
             ));
         }
         let sticky = stat.mode() & 0o1000 != 0;
-        if !sticky && let Some(whom) = writable_by(&stat) {
+        if !sticky && let Some(whom) = stat.writable_by() {
             return Err(self.untrusted(
                 format!(
                     "{} above it may be written to by {whom} (mode {:04o}, owner {}, group {})",
@@ -944,7 +978,7 @@ impl Walk {
                 format!("choose another folder, or run: chown {} {}", self.us, quoted(path)),
             ));
         }
-        if let Some(whom) = writable_by(&stat) {
+        if let Some(whom) = stat.writable_by() {
             return Err(self.untrusted(
                 format!(
                     "it may be written to by {whom} (mode {:04o}, owner {}, group {})",
@@ -975,17 +1009,6 @@ impl Walk {
 
     fn untrusted(&self, why: String, advice: String) -> Error {
         Error::Untrusted { path: self.goal.clone(), why, advice }
-    }
-}
-
-/// Which users besides the owner may write, if any.
-fn writable_by(stat: &Stat) -> Option<&'static str> {
-    if stat.mode() & 0o002 != 0 {
-        Some("every user")
-    } else if stat.mode() & 0o020 != 0 && !has_private_group(stat) {
-        Some("its group")
-    } else {
-        None
     }
 }
 
