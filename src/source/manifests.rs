@@ -383,7 +383,7 @@ fn account_of(
 /// The `spec` of a pod template or of a job template.
 fn pod_of<'a>(template: Field<Template<'a>>, path: &str) -> Result<Option<Box<Spec<'a>>>, String> {
     match template.mapping(path)? {
-        Some(template) => template.spec.mapping(&format_args!("{path}.spec")),
+        Some(template) => template.spec.mapping(format_args!("{path}.spec")),
         None => Ok(None),
     }
 }
