@@ -3,8 +3,10 @@
 //! Mica asks others with, and never reads one.
 
 use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyUsagePurpose, SanType};
-use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::certification_request::{X509CertificationRequest, X509CertificationRequestInfo};
+use x509_parser::cri_attributes::ParsedCriAttribute;
+use x509_parser::der_parser::ber::parse_ber_set;
+use x509_parser::extensions::{GeneralName, ParsedExtension, X509Extension};
 use x509_parser::prelude::FromDer as _;
 
 use super::key::{self, IssuerKey as _, PublicKey, SignatureFault, SigningKey};
@@ -121,8 +123,8 @@ impl CheckedCsr {
         })?;
         let mut requested = Requested { subject: info.subject.to_string(), ..Requested::default() };
         let mut uris = 0;
-        for extension in csr.requested_extensions().into_iter().flatten() {
-            match extension {
+        for extension in requested_extensions(info)? {
+            match extension.parsed_extension() {
                 ParsedExtension::BasicConstraints(constraints) if constraints.ca => return Err(Error::Ca),
                 ParsedExtension::SubjectAlternativeName(san) => {
                     for name in &san.general_names {
@@ -201,6 +203,26 @@ fn ia5(text: &str) -> Result<rcgen::string::Ia5String, Error> {
     text.try_into().map_err(|_| Error::Make(format!("{text:?} is not ASCII")))
 }
 
+/// PKCS#9 5.4.2 has one request for extensions, of one value. The parser looks at the first alone, so that a second one
+/// could hide what it asks for from us and show it to another reader.
+fn requested_extensions<'a>(
+    info: &'a X509CertificationRequestInfo<'_>,
+) -> Result<&'a [X509Extension<'a>], Error> {
+    let mut found: &[X509Extension<'_>] = &[];
+    let mut count = 0;
+    for attribute in info.iter_attributes() {
+        if let ParsedCriAttribute::ExtensionRequest(request) = attribute.parsed_attribute() {
+            let (_, values) = parse_ber_set(attribute.value).map_err(|_| Error::Der)?;
+            count += values.as_set().map_or(0, Vec::len);
+            found = &request.extensions;
+        }
+    }
+    if count > 1 {
+        return Err(Error::Extension("it has several requests for extensions".to_owned()));
+    }
+    Ok(found)
+}
+
 /// The AlgorithmIdentifier stands between the signed part and the signature; the parser gives only its pieces.
 pub(crate) fn algorithm_after<'a>(der: &'a [u8], info: &[u8]) -> Option<&'a [u8]> {
     let start = info.as_ptr() as usize - der.as_ptr() as usize + info.len();
@@ -238,6 +260,17 @@ mod tests {
         let trust_domain = TrustDomain::parse("cluster.local").unwrap();
         let der = intermediate(&key, &"example".parse().unwrap(), &trust_domain).unwrap();
         assert!(matches!(CheckedCsr::from_der(&der), Err(Error::Ca)));
+    }
+
+    #[test]
+    fn a_second_request_for_extensions_is_refused() {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let mut parameters = CertificateParams::default();
+        parameters.subject_alt_names = vec![SanType::URI(ia5("spiffe://cluster.local/a").unwrap())];
+        // A SET of one empty list of extensions.
+        let second = rcgen::Attribute { oid: &[1, 2, 840, 113549, 1, 9, 14], values: vec![0x31, 2, 0x30, 0] };
+        let csr = parameters.serialize_request_with_attributes(&key, vec![second]).unwrap();
+        assert!(matches!(CheckedCsr::from_der(csr.der()), Err(Error::Extension(_))));
     }
 
     #[test]
