@@ -28,7 +28,14 @@ use crate::core::spiffe::{SpiffeId, TrustDomain};
 )]
 pub struct Cli {
     /// How results are written to standard output; errors are always one line on standard error
-    #[arg(long, global = true, value_enum, default_value_t = Output::Text, value_name = "FORM")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t = Output::Text,
+        value_name = "FORM",
+        display_order = 900
+    )]
     pub output: Output,
 
     /// What to do.
@@ -57,7 +64,7 @@ pub enum Output {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    #[command(name = "serve")]
+    #[expect(missing_docs, reason = "its arguments bring their own text, which would be replaced")]
     Serve(Box<serve::Args>),
     /// Make a root CA
     #[command(subcommand)]

@@ -280,7 +280,12 @@ impl Reading {
         for (field, encoded) in [("data", kind == "Secret"), ("stringData", false)] {
             let values = object.get(field).and_then(Value::as_object);
             for (file, value) in values.into_iter().flatten() {
-                let value = value.as_str().ok_or_else(|| format!("{title}: {file} is no text"))?;
+                let value = match value {
+                    // An empty value, as YAML may write it.
+                    Value::Null => "",
+                    Value::String(text) => text,
+                    _ => return Err(format!("{title}: {file} is no text")),
+                };
                 let bytes = Zeroizing::new(if encoded {
                     let dense: Zeroizing<String> =
                         Zeroizing::new(value.chars().filter(|c| !c.is_ascii_whitespace()).collect());
