@@ -1,16 +1,154 @@
 //! The `mica` program.
-use clap::Parser as _;
-#[derive(clap::Parser)]
-enum Cli {
-    Serve(mica::config::serve::Args),
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io::{ErrorKind, Write as _};
+use std::panic::{PanicHookInfo, catch_unwind};
+use std::process::ExitCode;
+
+use clap::error::ErrorKind as ClapError;
+use clap::{CommandFactory as _, Parser as _};
+
+use mica::app::serve;
+use mica::config::cli::{Cli, Command, Output};
+use mica::core::inspect::one_line;
+use mica::tool::{self, Report};
+
+/// The answer is no.
+const NO: u8 = 1;
+/// Wrong usage or bad input.
+const BAD_INPUT: u8 = 2;
+/// A fault of Mica's.
+const OUR_FAULT: u8 = 70;
+
+fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(tell_panic));
+    catch_unwind(run).unwrap_or(ExitCode::from(OUR_FAULT))
 }
-fn main() -> std::process::ExitCode {
-    let Cli::Serve(args) = Cli::parse();
-    match mica::app::serve::run(args) {
-        Ok(()) => 0.into(),
-        Err(e) => {
-            eprintln!("mica: {e}");
-            2.into()
+
+fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(refused) => return usage(&refused),
+    };
+    let output = cli.output;
+    match cli.command {
+        Command::Serve(arguments) => match serve::run(*arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(fault @ serve::Error::Usage(_)) => failed(&fault.to_string(), BAD_INPUT),
+            Err(fault @ serve::Error::Fault(_)) => failed(&fault.to_string(), OUR_FAULT),
+        },
+        command => match tool::run(command) {
+            Some(Ok(report)) => tell(&report, output),
+            Some(Err(fault)) => {
+                failed(&fault.to_string(), if fault.is_ours() { OUR_FAULT } else { BAD_INPUT })
+            }
+            None => failed("this command has no part in this program", OUR_FAULT),
+        },
+    }
+}
+
+fn tell(report: &Report, output: Output) -> ExitCode {
+    let written = match output {
+        Output::Text => write(&report.text),
+        Output::Json => write(&format!("{:#}\n", report.json)),
+    };
+    for note in &report.notes {
+        error_line(&format!("note: {note}"));
+    }
+    match written {
+        Some(code) => code,
+        None if report.good => ExitCode::SUCCESS,
+        None => ExitCode::from(NO),
+    }
+}
+
+/// A reader that has gone away (`mica inspect … | head -1`) is no fault, and changes no verdict.
+fn write(text: &str) -> Option<ExitCode> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(fault) if fault.kind() != ErrorKind::BrokenPipe => {
+            Some(failed(&format!("cannot write to standard output: {fault}"), BAD_INPUT))
         }
+        _ => None,
+    }
+}
+
+fn failed(fault: &str, code: u8) -> ExitCode {
+    error_line(fault);
+    ExitCode::from(code)
+}
+
+/// One line, whatever is in it.
+fn error_line(text: &str) {
+    // There is nowhere left to say that this failed.
+    let _ = writeln!(std::io::stderr().lock(), "mica: {}", one_line(text));
+}
+
+/// Help and version are answers; everything else that clap says becomes one line.
+fn usage(refused: &clap::Error) -> ExitCode {
+    let rendered = refused.render();
+    match refused.kind() {
+        ClapError::DisplayHelp | ClapError::DisplayVersion => {
+            return write(&rendered.to_string()).unwrap_or(ExitCode::SUCCESS);
+        }
+        ClapError::MissingSubcommand | ClapError::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let command = command_typed();
+            let hint = if command == "mica" { "; begin with `mica serve examples/bookinfo`" } else { "" };
+            return failed(&format!("a command is missing{hint}, or see `{command} --help`"), BAD_INPUT);
+        }
+        _ => {}
+    }
+    let text = rendered.to_string();
+    let command = command_typed();
+    let mut said = Vec::new();
+    for line in text.lines().map(str::trim) {
+        if line.starts_with("Usage:") || line.starts_with("For more information") {
+            break;
+        }
+        let line = line.strip_prefix("error: ").or_else(|| line.strip_prefix("tip: ")).unwrap_or(line);
+        match line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            Some(values) => said.push(values.to_owned()),
+            None if line.is_empty() => {}
+            None => said.push(line.to_owned()),
+        }
+    }
+    // "the following required arguments were not provided:" is followed by what it speaks of.
+    let mut line = String::new();
+    for part in said {
+        if !line.is_empty() {
+            line.push_str(if line.ends_with(':') { " " } else { "; " });
+        }
+        line.push_str(&part);
+    }
+    failed(&format!("{line}; see `{command} --help`"), BAD_INPUT)
+}
+
+/// The command that was meant, as far as it was typed: `mica root new`. clap does not always say.
+fn command_typed() -> String {
+    let mut command = Cli::command();
+    let mut path = vec!["mica".to_owned()];
+    for word in std::env::args().skip(1) {
+        match command.find_subcommand(&word).cloned() {
+            Some(sub) => {
+                command = sub;
+                path.push(word);
+            }
+            None if word.starts_with('-') => {}
+            None => break,
+        }
+    }
+    path.join(" ")
+}
+
+fn tell_panic(panic: &PanicHookInfo<'_>) {
+    let what = panic.payload_as_str().unwrap_or("no message");
+    let place = panic.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
+    error_line(&format!(
+        "this is a fault of mica's own ({what}, at {place}, version {}); please report it with this line and what you did",
+        env!("CARGO_PKG_VERSION")
+    ));
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        let _ = writeln!(std::io::stderr().lock(), "{backtrace}");
     }
 }

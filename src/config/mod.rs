@@ -1,3 +1,4 @@
 //! What the user types.
 
+pub mod cli;
 pub mod serve;

@@ -9,7 +9,7 @@ use webpki::{EndEntityCert, ExtendedKeyUsageValidator, KeyPurposeIdIter, anchor_
 
 use super::bundle::TrustBundle;
 use super::certificate::{self, Certificate};
-use super::lifetime::Validity;
+use super::lifetime::{Validity, shown};
 use super::spiffe::SpiffeId;
 
 /// Signatures that are accepted above a leaf.
@@ -48,7 +48,9 @@ pub enum Fault {
         expected: SpiffeId,
     },
     /// Before its time.
-    #[error("certificate {serial} is not valid before {not_before}; the time asked for is {at}")]
+    #[error(
+        "certificate {serial} is not valid before {}; the time asked for is {}", shown(*.not_before), shown(*.at)
+    )]
     NotYet {
         /// Which.
         serial: String,
@@ -58,7 +60,9 @@ pub enum Fault {
         at: OffsetDateTime,
     },
     /// After its time.
-    #[error("certificate {serial} expired at {not_after}; the time asked for is {at}")]
+    #[error(
+        "certificate {serial} expired at {}; the time asked for is {}", shown(*.not_after), shown(*.at)
+    )]
     Expired {
         /// Which.
         serial: String,

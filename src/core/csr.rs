@@ -1,12 +1,18 @@
 //! PKCS#10 (RFC 2986): what a stranger sends. Only its public key goes on; the names it asks for are shown to those
-//! who decide, and never signed because they were asked for.
+//! who decide, and never signed because they were asked for. Reading and checking is done here; rcgen writes those that
+//! Mica asks others with, and never reads one.
 
-use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::extensions::{GeneralName, ParsedExtension};
+use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyUsagePurpose, SanType};
+use x509_parser::certification_request::{X509CertificationRequest, X509CertificationRequestInfo};
+use x509_parser::cri_attributes::ParsedCriAttribute;
+use x509_parser::der_parser::ber::parse_ber_set;
+use x509_parser::extensions::{GeneralName, ParsedExtension, X509Extension};
 use x509_parser::prelude::FromDer as _;
 
-use super::key::{self, PublicKey, SignatureFault};
+use super::key::{self, IssuerKey as _, PublicKey, SignatureFault, SigningKey};
 use super::pem;
+use super::profile::{DnsName, Organization, ca_name};
+use super::spiffe::{SpiffeId, TrustDomain};
 
 /// A CSR of an RSA-4096 key with a hundred names fits; anything longer is refused before it is parsed.
 pub const MAX: usize = 16 * 1024;
@@ -48,6 +54,9 @@ pub enum Error {
     /// It wants to be a CA.
     #[error("the CSR asks to be a CA (CA:TRUE)")]
     Ca,
+    /// A CSR of our own that rcgen refuses.
+    #[error("the CSR was not made: {0}")]
+    Make(String),
     /// X509-SVID 2.
     #[error("the CSR asks for {0} URIs; a SPIFFE certificate has exactly one")]
     Uris(usize),
@@ -114,8 +123,8 @@ impl CheckedCsr {
         })?;
         let mut requested = Requested { subject: info.subject.to_string(), ..Requested::default() };
         let mut uris = 0;
-        for extension in csr.requested_extensions().into_iter().flatten() {
-            match extension {
+        for extension in requested_extensions(info)? {
+            match extension.parsed_extension() {
                 ParsedExtension::BasicConstraints(constraints) if constraints.ca => return Err(Error::Ca),
                 ParsedExtension::SubjectAlternativeName(san) => {
                     for name in &san.general_names {
@@ -150,10 +159,127 @@ impl CheckedCsr {
     }
 }
 
+/// Makes the CSR of a workload, as DER: an empty subject, its SPIFFE ID and its DNS names.
+pub fn workload(key: &SigningKey, id: &SpiffeId, dns: &[DnsName]) -> Result<Vec<u8>, Error> {
+    let mut names = vec![SanType::URI(ia5(id.as_str())?)];
+    for name in dns {
+        names.push(SanType::DnsName(ia5(name.as_str())?));
+    }
+    made(key, names, DistinguishedName::new(), IsCa::NoCa, vec![KeyUsagePurpose::DigitalSignature])
+}
+
+/// Makes the CSR of an intermediate for a root of somebody else's, as DER. It asks for path length 0.
+pub fn intermediate(
+    key: &SigningKey,
+    organization: &Organization,
+    trust_domain: &TrustDomain,
+) -> Result<Vec<u8>, Error> {
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::OrganizationName, organization.as_str());
+    subject.push(DnType::CommonName, ca_name("intermediate", key.public()));
+    let names = vec![SanType::URI(ia5(trust_domain.id().as_str())?)];
+    let ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    made(key, names, subject, ca, vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign])
+}
+
+fn made(
+    key: &SigningKey,
+    names: Vec<SanType>,
+    subject: DistinguishedName,
+    ca: IsCa,
+    usages: Vec<KeyUsagePurpose>,
+) -> Result<Vec<u8>, Error> {
+    // Its default names a subject of rcgen's own.
+    let mut parameters = CertificateParams::default();
+    parameters.distinguished_name = subject;
+    parameters.subject_alt_names = names;
+    parameters.is_ca = ca;
+    parameters.key_usages = usages;
+    let csr = parameters.serialize_request(key).map_err(|e| Error::Make(e.to_string()))?;
+    Ok(csr.der().to_vec())
+}
+
+fn ia5(text: &str) -> Result<rcgen::string::Ia5String, Error> {
+    text.try_into().map_err(|_| Error::Make(format!("{text:?} is not ASCII")))
+}
+
+/// PKCS#9 5.4.2 has one request for extensions, of one value. The parser looks at the first alone, so that a second one
+/// could hide what it asks for from us and show it to another reader.
+fn requested_extensions<'a>(
+    info: &'a X509CertificationRequestInfo<'_>,
+) -> Result<&'a [X509Extension<'a>], Error> {
+    let mut found: &[X509Extension<'_>] = &[];
+    let mut count = 0;
+    for attribute in info.iter_attributes() {
+        if let ParsedCriAttribute::ExtensionRequest(request) = attribute.parsed_attribute() {
+            let (_, values) = parse_ber_set(attribute.value).map_err(|_| Error::Der)?;
+            count += values.as_set().map_or(0, Vec::len);
+            found = &request.extensions;
+        }
+    }
+    if count > 1 {
+        return Err(Error::Extension("it has several requests for extensions".to_owned()));
+    }
+    Ok(found)
+}
+
 /// The AlgorithmIdentifier stands between the signed part and the signature; the parser gives only its pieces.
-fn algorithm_after<'a>(der: &'a [u8], info: &[u8]) -> Option<&'a [u8]> {
+pub(crate) fn algorithm_after<'a>(der: &'a [u8], info: &[u8]) -> Option<&'a [u8]> {
     let start = info.as_ptr() as usize - der.as_ptr() as usize + info.len();
     let rest = der.get(start..)?;
     let length = usize::from(*rest.get(1).filter(|length| **length < 0x80)?);
     rest.get(..2 + length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::key::KeyKind;
+    use crate::sys::keys;
+
+    #[test]
+    fn a_csr_of_ours_passes_the_check_and_asks_for_what_it_should() {
+        let id = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/b").unwrap();
+        for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519] {
+            let key = keys::generate(kind).unwrap();
+            let der = workload(&key.signing().unwrap(), &id, &["b.a.svc".parse().unwrap()]).unwrap();
+            let csr = CheckedCsr::from_der(&der).unwrap();
+            assert_eq!(csr.key(), key.public());
+            let asked = Requested {
+                uri: Some(id.to_string()),
+                dns: vec!["b.a.svc".to_owned()],
+                ..Requested::default()
+            };
+            assert_eq!(*csr.requested(), asked);
+        }
+    }
+
+    #[test]
+    fn the_csr_of_an_intermediate_is_none_for_a_workload() {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let trust_domain = TrustDomain::parse("cluster.local").unwrap();
+        let der = intermediate(&key, &"example".parse().unwrap(), &trust_domain).unwrap();
+        assert!(matches!(CheckedCsr::from_der(&der), Err(Error::Ca)));
+    }
+
+    #[test]
+    fn a_second_request_for_extensions_is_refused() {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let mut parameters = CertificateParams::default();
+        parameters.subject_alt_names = vec![SanType::URI(ia5("spiffe://cluster.local/a").unwrap())];
+        // A SET of one empty list of extensions.
+        let second = rcgen::Attribute { oid: &[1, 2, 840, 113549, 1, 9, 14], values: vec![0x31, 2, 0x30, 0] };
+        let csr = parameters.serialize_request_with_attributes(&key, vec![second]).unwrap();
+        assert!(matches!(CheckedCsr::from_der(csr.der()), Err(Error::Extension(_))));
+    }
+
+    #[test]
+    fn a_csr_that_was_changed_is_refused() {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let id = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/b").unwrap();
+        let mut der = workload(&key, &id, &[]).unwrap();
+        let at = der.windows(4).position(|w| w == b"sa/b").unwrap();
+        der[at + 3] = b'c';
+        assert!(matches!(CheckedCsr::from_der(&der), Err(Error::Signature)));
+    }
 }

@@ -11,7 +11,7 @@ use super::chain;
 use super::check::{self, check};
 use super::der::Writer;
 use super::key::{self, IssuerKey, PublicKey};
-use super::lifetime::{Lifetime, Validity};
+use super::lifetime::{Lifetime, Validity, shown};
 use super::pem;
 use super::profile::{Profile, Template};
 use super::spiffe::{ServiceAccount, TrustDomain};
@@ -58,10 +58,16 @@ pub enum Error {
     #[error("the CA's certificate and those above it are at no time valid together")]
     NeverValid,
     /// The issuer's time is over.
-    #[error("the issuer, or a certificate above it, expired at {0}; nothing can be issued below it")]
+    #[error(
+        "the issuer, or a certificate above it, expired at {}; nothing can be issued below it",
+        shown(*.0)
+    )]
     Expired(OffsetDateTime),
     /// The issuer's time has not come.
-    #[error("the issuer, or a certificate above it, is not valid before {0}; check this machine's clock")]
+    #[error(
+        "the issuer, or a certificate above it, is not valid before {}; check this machine's clock",
+        shown(*.0)
+    )]
     NotYetValid(OffsetDateTime),
     /// RFC 5280 4.2.1.9.
     #[error("the CA's path length is 0, so it cannot sign an intermediate")]

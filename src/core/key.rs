@@ -538,15 +538,18 @@ fn curve_name(oid: &str) -> &str {
 }
 
 fn rsa_bits(modulus: &[u8]) -> Result<KeyKind, Error> {
-    let start = modulus.iter().position(|b| *b != 0).unwrap_or(modulus.len());
-    let digits = &modulus[start..];
-    let bits = digits.len() * 8 - digits.first().map_or(0, |b| b.leading_zeros() as usize);
-    match bits {
+    match bit_length(modulus) {
         2048 => Ok(KeyKind::Rsa2048),
         3072 => Ok(KeyKind::Rsa3072),
         4096 => Ok(KeyKind::Rsa4096),
         other => Err(Error::RsaSize(other)),
     }
+}
+
+fn bit_length(big_endian: &[u8]) -> usize {
+    let start = big_endian.iter().position(|b| *b != 0).unwrap_or(big_endian.len());
+    let digits = &big_endian[start..];
+    digits.len() * 8 - digits.first().map_or(0, |b| b.leading_zeros() as usize)
 }
 
 fn rsa_kind(modulus: &[u8], exponent: &[u8]) -> Result<KeyKind, Error> {
@@ -574,6 +577,18 @@ fn canonical_rsa(public: &[u8]) -> Vec<u8> {
 
 fn rejected(reason: ring::error::KeyRejected) -> Error {
     Error::Private(reason.to_string())
+}
+
+/// What to call a key that is not on the allow-list.
+pub(crate) fn name_of(spki: &[u8]) -> String {
+    let Ok((_, parsed)) = SubjectPublicKeyInfo::from_der(spki) else { return "unreadable".to_owned() };
+    let name = match x509_parser::public_key::RSAPublicKey::from_der(&parsed.subject_public_key.data) {
+        Ok((_, rsa)) if parsed.algorithm.algorithm.as_bytes() == RSA_ENCRYPTION => {
+            format!("rsa, {} bits", bit_length(rsa.modulus))
+        }
+        _ => algorithm_name(&parsed),
+    };
+    name.strip_prefix("an ").or_else(|| name.strip_prefix("a ")).unwrap_or(&name).to_owned()
 }
 
 fn algorithm_name(spki: &SubjectPublicKeyInfo<'_>) -> String {

@@ -115,6 +115,13 @@ impl Validity {
     }
 }
 
+/// A moment as reports and errors show it.
+pub fn shown(at: OffsetDateTime) -> String {
+    let at = at.to_offset(time::UtcOffset::UTC);
+    let (date, (hour, minute, second)) = (at.date(), at.to_hms());
+    format!("{date} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 fn whole(at: OffsetDateTime) -> OffsetDateTime {
     at.replace_nanosecond(0).unwrap_or(at)
 }
@@ -136,6 +143,11 @@ mod tests {
         {
             assert!(text.parse::<Lifetime>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn moments_are_shown_in_utc() {
+        assert_eq!(shown(datetime!(2026-01-02 03:04:05.6 +1)), "2026-01-02 02:04:05 UTC");
     }
 
     #[test]

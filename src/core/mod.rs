@@ -10,6 +10,7 @@ pub mod chain;
 mod check;
 pub mod csr;
 mod der;
+pub mod inspect;
 pub mod issuer;
 pub mod key;
 pub mod lifetime;

@@ -67,6 +67,13 @@ impl Default for Organization {
 #[error("organization {0:?} is not 1 to 64 characters without control characters")]
 pub struct OrganizationError(String);
 
+impl Organization {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 impl std::str::FromStr for Organization {
     type Err = OrganizationError;
 
@@ -135,8 +142,7 @@ impl Profile<'_> {
             Self::Intermediate { organization, .. } => ("intermediate", organization),
             Self::Workload { .. } | Self::Serving { .. } => return EMPTY_NAME.to_owned(),
         };
-        // The key's identifier keeps the names of two CAs of one organization apart, by which path building goes.
-        let common_name = format!("Mica {kind} {}", hex(&key.identifier()[..4]));
+        let common_name = ca_name(kind, key);
         let mut name = Writer::with_capacity(64);
         name.sequence(|w| {
             for (attribute, value) in [(ORGANIZATION, &organization.0), (COMMON_NAME, &common_name)] {
@@ -150,6 +156,12 @@ impl Profile<'_> {
         });
         name.finish()
     }
+}
+
+/// The common name of a CA. The key's identifier keeps the names of two CAs of one organization apart, by which path
+/// building goes.
+pub(crate) fn ca_name(kind: &str, key: &PublicKey) -> String {
+    format!("Mica {kind} {}", hex(&key.identifier()[..4]))
 }
 
 /// Everything that goes below the signature.

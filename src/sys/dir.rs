@@ -20,7 +20,7 @@ const MAX_LINKS: usize = 40;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system said no.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {}", path.display(), super::reason(.source))]
     Io {
         /// What was tried.
         action: &'static str,

@@ -8,11 +8,14 @@ use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
+use super::dir::{self, Access, Dir};
+use super::reason;
+
 /// Why a file was not read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The system refused.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {}: {}", .path.display(), reason(.source))]
     Io {
         /// Which.
         path: PathBuf,
@@ -33,6 +36,41 @@ pub enum Error {
         /// Which.
         path: PathBuf,
     },
+    /// More files than a delivered folder has.
+    #[error("{path} holds more than {limit} files; name those that are meant")]
+    TooMany {
+        /// Which.
+        path: PathBuf,
+        /// The bound.
+        limit: usize,
+    },
+    /// Something is there already.
+    #[error("{path} is there already, and is not overwritten; choose another name, or {advice}")]
+    Taken {
+        /// Which.
+        path: PathBuf,
+        /// What else can be done.
+        advice: &'static str,
+    },
+    /// A folder that was to be empty.
+    #[error("{path} is not empty (it holds {found}), and nothing in it is touched; choose another folder")]
+    Occupied {
+        /// Which.
+        path: PathBuf,
+        /// One of the names in it.
+        found: String,
+    },
+    /// The system refused to write.
+    #[error("cannot write {}: {}", .path.display(), reason(.source))]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A folder could not be opened or written to.
+    #[error(transparent)]
+    Folder(#[from] dir::Error),
 }
 
 /// Reads a regular file. Links are followed, since the user named them; a FIFO is refused and not waited for. The
@@ -51,7 +89,133 @@ pub fn read(path: &Path, limit: u64) -> Result<Zeroizing<Vec<u8>>, Error> {
     read_to(file, facts.len(), limit, path)
 }
 
-fn read_to(file: File, length: u64, limit: u64, path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+/// Reads what a command was given: a file, a FIFO such as a shell's `<(…)`, or standard input for `-`.
+pub fn read_given(path: &Path, limit: u64) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let failed = |source| Error::Io { path: path.to_owned(), source };
+    if path == Path::new("-") {
+        return read_to(std::io::stdin().lock(), 64 * 1024, limit, Path::new("standard input"));
+    }
+    let file = File::open(path).map_err(failed)?;
+    let facts = file.metadata().map_err(failed)?;
+    if facts.is_dir() {
+        return Err(Error::NoFile { path: path.to_owned() });
+    }
+    read_to(file, facts.len(), limit, path)
+}
+
+/// Whether a path that a command was given is a folder.
+pub fn is_folder(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|facts| facts.is_dir())
+}
+
+/// Reads all files of a folder but hidden ones, by name. Of a folder that is published through `..data` one whole set
+/// is read, even while the next one is published.
+pub fn read_folder(folder: &Path, limit: u64) -> Result<BTreeMap<String, Zeroizing<Vec<u8>>>, Error> {
+    const FILES: usize = 64;
+    let failed = |source| Error::Io { path: folder.to_owned(), source };
+    let set = match std::fs::canonicalize(folder.join("..data")) {
+        Ok(set) => set,
+        Err(_) => folder.to_owned(),
+    };
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(&set).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+        let path = set.join(&name);
+        if name.starts_with('.') || !std::fs::metadata(&path).is_ok_and(|facts| facts.is_file()) {
+            continue;
+        }
+        if found.len() == FILES {
+            return Err(Error::TooMany { path: folder.to_owned(), limit: FILES });
+        }
+        found.insert(name, read(&path, limit)?);
+    }
+    Ok(found)
+}
+
+/// Writes files to a folder of its own, which is made (0700) if it is missing and has to be empty. The last file
+/// is begun when all others are on the disk, so that a set which a kill cut short lacks it or has it cut short.
+pub fn write_set(folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {
+    let dir = Dir::open_trusted(folder, Some(0o700))?;
+    if let Some(entry) = dir.names()?.first() {
+        let found = entry.name.to_string_lossy().into_owned();
+        return Err(Error::Occupied { path: folder.to_owned(), found });
+    }
+    write_all(&dir, folder, files)
+}
+
+/// Writes files to a folder that may hold others, but none of these names.
+pub fn add_to(folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {
+    let dir = Dir::open_trusted(folder, Some(0o700))?;
+    write_all(&dir, folder, files)
+}
+
+fn write_all(dir: &Dir, folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {
+    for (name, _, _) in files {
+        if dir.find(name)?.is_some() {
+            return Err(Error::Taken { path: folder.join(name), advice: "take it away first" });
+        }
+    }
+    let mut written = Vec::new();
+    let mut write = || {
+        for (name, bytes, mode) in files {
+            dir.write_new_synced(name, bytes, Access::mode(*mode))?;
+            written.push(*name);
+        }
+        dir.sync()
+    };
+    if let Err(fault) = write() {
+        // What was written is no whole set, and would be in the way of the next try.
+        for name in written {
+            let _ = dir.unlink(name);
+        }
+        return Err(fault.into());
+    }
+    Ok(())
+}
+
+/// Writes one file that anyone may read: whole or not at all, in place of another only if `replace`.
+pub fn write_public(path: &Path, bytes: &[u8], replace: bool) -> Result<(), Error> {
+    use std::io::Write as _;
+    let failed = |source| Error::Write { path: path.to_owned(), source };
+    let taken = || Error::Taken { path: path.to_owned(), advice: "give --force to replace it" };
+    match std::fs::symlink_metadata(path) {
+        Ok(facts) if facts.is_dir() => {
+            return Err(failed(std::io::ErrorKind::IsADirectory.into()));
+        }
+        Ok(_) if !replace => return Err(taken()),
+        Ok(_) | Err(_) => {}
+    }
+    let name = path.file_name().ok_or_else(|| failed(std::io::ErrorKind::InvalidFilename.into()))?;
+    let temporary = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+    let write = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        if replace {
+            std::fs::rename(&temporary, path)
+        } else {
+            // A rename would replace what came there meanwhile.
+            std::fs::hard_link(&temporary, path)?;
+            std::fs::remove_file(&temporary)
+        }
+    };
+    write().map_err(|source| {
+        let _ = std::fs::remove_file(&temporary);
+        if source.kind() == std::io::ErrorKind::AlreadyExists { taken() } else { failed(source) }
+    })
+}
+
+/// Makes a folder and those above it, as everyone would.
+pub fn make_folder(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path).map_err(|source| Error::Write { path: path.to_owned(), source })
+}
+
+fn read_to(
+    file: impl std::io::Read,
+    length: u64,
+    limit: u64,
+    path: &Path,
+) -> Result<Zeroizing<Vec<u8>>, Error> {
     // One allocation of the right size, so that no copy of a key is left behind by a growing buffer.
     let mut bytes = Zeroizing::new(Vec::with_capacity(length.min(limit) as usize + 1));
     file.take(limit + 1)
@@ -84,4 +248,47 @@ pub fn read_named(
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_public_file_is_replaced_only_on_request() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        write_public(&path, b"1", false).unwrap();
+        assert!(matches!(write_public(&path, b"2", false), Err(Error::Taken { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"1");
+        write_public(&path, b"2", true).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"2");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_set_is_written_to_an_empty_folder_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new");
+        let files: [(&str, &[u8], u32); 2] = [("a", b"1", 0o644), ("b", b"2", 0o600)];
+        write_set(&path, &files).unwrap();
+        assert!(matches!(write_set(&path, &files), Err(Error::Occupied { .. })));
+        assert!(matches!(add_to(&path, &files[1..]), Err(Error::Taken { .. })));
+        add_to(&path, &[("c", b"3", 0o600)]).unwrap();
+        let read = read_folder(&path, 10).unwrap();
+        assert_eq!(read.keys().collect::<Vec<_>>(), ["a", "b", "c"]);
+        let mode = std::os::unix::fs::PermissionsExt::mode;
+        assert_eq!(mode(&std::fs::metadata(path.join("b")).unwrap().permissions()) & 0o7777, 0o600);
+        assert_eq!(mode(&std::fs::metadata(&path).unwrap().permissions()) & 0o7777, 0o700);
+    }
+
+    #[test]
+    fn long_input_is_not_read_to_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, [0; 11]).unwrap();
+        assert!(matches!(read_given(&path, 10), Err(Error::TooLong { .. })));
+        assert_eq!(read_given(&path, 11).unwrap().len(), 11);
+        assert!(matches!(read_given(Path::new("/dev/zero"), 10), Err(Error::TooLong { .. })));
+    }
 }

@@ -7,3 +7,11 @@ pub mod files;
 pub mod keys;
 pub mod tree;
 pub mod watch;
+
+/// Why the system refused, as the middle of a sentence: "no such file or directory".
+pub(crate) fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error ").next().unwrap_or_default();
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}

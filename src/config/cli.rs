@@ -1,0 +1,460 @@
+//! All commands and their flags. Help, completions and man pages come from here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::serve::{self, MadeKind};
+use crate::core::lifetime::Lifetime;
+use crate::core::profile::{DnsName, Organization};
+use crate::core::spiffe::{SpiffeId, TrustDomain};
+
+/// A certificate authority for workload mTLS identity
+///
+/// Mica gives every service account a short-lived SPIFFE certificate, delivers it as files, and renews it for ever.
+/// It needs no cluster and no database. The other commands work offline: they make, read and judge certificates, keys
+/// and trust bundles.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mica",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = START,
+    subcommand_value_name = "COMMAND",
+    arg_required_else_help = false
+)]
+pub struct Cli {
+    /// How results are written to standard output; errors are always one line on standard error
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t = Output::Text,
+        value_name = "FORM",
+        display_order = 900
+    )]
+    pub output: Output,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const START: &str = "\
+Start here, in a checkout of Mica:
+  mica serve examples/bookinfo     give each service account in the folder an identity
+  mica inspect .mica/secrets/bookinfo/istio.productpage
+                                   look at one, from a second terminal
+
+Durations are written 90s, 15m, 24h, 90d or 10y.
+Exit codes: 0 done, 1 the answer is no, 2 wrong usage or bad input, 70 a fault of Mica's.";
+
+/// How a result is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    #[expect(missing_docs, reason = "its arguments bring their own text, which would be replaced")]
+    Serve(Box<serve::Args>),
+    /// Make a root CA
+    #[command(subcommand)]
+    Root(RootCommand),
+    /// Make a CA below a root, which signs workload certificates
+    #[command(subcommand)]
+    Intermediate(IntermediateCommand),
+    /// Make a certificate signing request
+    #[command(subcommand)]
+    Csr(CsrCommand),
+    /// Sign a CSR into a workload certificate
+    ///
+    /// Only the public key is taken from the CSR. The identity and DNS names are those given here; what the CSR asked
+    /// for and did not get is said on standard error.
+    #[command(
+        after_help = "Example:\n  mica sign web/csr.pem --authority ca --identity spiffe://cluster.local/ns/default/sa/web --out web/cert-chain.pem"
+    )]
+    Sign(Sign),
+    /// Show what is in certificates, chains, CSRs, keys, bundles and Istio's Secrets, and what is wrong with them
+    ///
+    /// Takes PEM, DER, SPIFFE JSON bundles, Kubernetes Secrets (YAML or JSON, as kubectl prints them) and folders that
+    /// Mica delivered or loads a CA from. Files given together are judged together: a key is matched with the
+    /// certificates. Never prints a private key. Exits 0 when everything could be read, even if something is wrong
+    /// with it; `mica verify` says yes or no.
+    #[command(
+        after_help = "Examples:\n  mica inspect .mica/secrets/bookinfo/istio.reviews\n  kubectl get secret istio.default -o yaml | mica inspect -"
+    )]
+    Inspect(Inspect),
+    /// Judge a certificate chain as its peers would
+    ///
+    /// Checks the path to a root, the validity, the SPIFFE rules, and if given the identity and the key. Exits 0 if it
+    /// is good, 1 if it is not, 2 if something cannot be read.
+    #[command(
+        after_help = "Example:\n  mica verify web/cert-chain.pem --roots ca/root-cert.pem --key web/key.pem --identity spiffe://cluster.local/ns/default/sa/web"
+    )]
+    Verify(Verify),
+    /// Work with trust bundles, as PEM or as SPIFFE JSON
+    #[command(subcommand)]
+    Bundle(BundleCommand),
+    /// Print a shell's completion script
+    #[command(
+        after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
+    )]
+    Completions(Completions),
+    /// Write the man pages
+    #[command(after_help = "Example:\n  mica man --out ~/.local/share/man/man1")]
+    Man(Man),
+}
+
+/// `mica root`.
+#[derive(Debug, Subcommand)]
+pub enum RootCommand {
+    /// Make a root: its key, its certificate, and the four files that Istio and `mica serve --authority` load
+    ///
+    /// Writes ca-cert.pem, ca-key.pem (PKCS#8, mode 0600), cert-chain.pem and root-cert.pem. The folder is made if it
+    /// is missing and has to be empty; nothing is ever overwritten.
+    #[command(
+        after_help = "Example:\n  mica root new --out root --passphrase-file secret.txt\n  mica intermediate new --root root --root-passphrase-file secret.txt --out ca"
+    )]
+    New(RootNew),
+}
+
+/// `mica root new`.
+#[derive(Debug, Args)]
+pub struct RootNew {
+    /// The folder to write to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The kind of its key
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
+    pub key_kind: MadeKind,
+    /// How long it is valid
+    #[arg(long, value_name = "DURATION", default_value = "10y", value_parser = lifetime)]
+    pub lifetime: Lifetime,
+    /// The O of its subject, at most 64 characters [default: the trust domain]
+    #[arg(long, value_name = "NAME")]
+    pub organization: Option<Organization>,
+    /// The trust domain whose root it is
+    #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+    pub trust_domain: TrustDomain,
+    /// A file whose first line is a passphrase to encrypt the key with (AES-256)
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+/// `mica intermediate`.
+#[derive(Debug, Subcommand)]
+pub enum IntermediateCommand {
+    /// Make an intermediate of path length 0, from a root's folder or as a CSR for somebody else's root
+    ///
+    /// Writes ca-cert.pem, ca-key.pem (PKCS#8, mode 0600), cert-chain.pem (it and those above it) and root-cert.pem;
+    /// with --csr-only ca-key.pem and ca-csr.pem. The folder is made if it is missing and has to be empty.
+    #[command(
+        after_help = "Examples:\n  mica intermediate new --root root --out ca\n  mica intermediate new --csr-only --trust-domain cluster.local --out ca"
+    )]
+    New(IntermediateNew),
+}
+
+/// `mica intermediate new`.
+#[derive(Debug, Args)]
+pub struct IntermediateNew {
+    /// The root's folder, as `mica root new` writes it
+    #[arg(long, value_name = "DIR", required_unless_present = "csr_only", conflicts_with = "csr_only")]
+    pub root: Option<PathBuf>,
+    /// The folder to write to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Write a key and a CSR for another CA to sign
+    #[arg(long)]
+    pub csr_only: bool,
+    /// The kind of its key
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
+    pub key_kind: MadeKind,
+    /// How long it is valid; shortened where the root ends earlier
+    #[arg(long, value_name = "DURATION", default_value = "1y", value_parser = lifetime, conflicts_with = "csr_only")]
+    pub lifetime: Lifetime,
+    /// The O of its subject, at most 64 characters [default: the trust domain]
+    #[arg(long, value_name = "NAME")]
+    pub organization: Option<Organization>,
+    /// The trust domain whose CA it is [default: the root's, else cluster.local]
+    #[arg(long, value_name = "NAME")]
+    pub trust_domain: Option<TrustDomain>,
+    /// A file whose first line is a passphrase to encrypt the new key with (AES-256)
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+    /// A file whose first line is the passphrase of the root's key
+    #[arg(long, value_name = "FILE", conflicts_with = "csr_only")]
+    pub root_passphrase_file: Option<PathBuf>,
+}
+
+/// `mica csr`.
+#[derive(Debug, Subcommand)]
+pub enum CsrCommand {
+    /// Make a key and a CSR for a workload
+    ///
+    /// Writes key.pem (PKCS#8, mode 0600) and csr.pem. The folder is made if it is missing; neither file may be there.
+    #[command(
+        after_help = "Example:\n  mica csr new --identity spiffe://cluster.local/ns/default/sa/web --out web"
+    )]
+    New(CsrNew),
+}
+
+/// `mica csr new`.
+#[derive(Debug, Args)]
+pub struct CsrNew {
+    /// The SPIFFE ID to ask for
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
+    pub identity: SpiffeId,
+    /// The folder to write to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The kind of the key
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
+    pub key_kind: MadeKind,
+    /// A DNS name to ask for; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub dns: Vec<DnsName>,
+}
+
+/// `mica sign`.
+#[derive(Debug, Args)]
+pub struct Sign {
+    /// The CSR, PEM; `-` is standard input
+    #[arg(value_name = "CSR")]
+    pub csr: PathBuf,
+    /// The CA's folder: Istio's four files or tls.crt, tls.key and ca.crt; <data-dir>/authority is one
+    #[arg(long, value_name = "DIR")]
+    pub authority: PathBuf,
+    /// The SPIFFE ID that the certificate gets, whatever the CSR asks for
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
+    pub identity: SpiffeId,
+    /// How long it is valid; shortened where the CA ends earlier
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
+    pub ttl: Lifetime,
+    /// A DNS name that the certificate gets; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub dns: Vec<DnsName>,
+    /// Where the leaf and its intermediates go, PEM; `-` is standard output
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Replace FILE if it is there
+    #[arg(long)]
+    pub force: bool,
+    /// A file whose first line is the passphrase of the CA's key
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+/// `mica inspect`.
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// Files and folders; `-` is standard input [default: -]
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Judge as at this time, such as 2026-01-02T15:04:05Z [default: now]
+    #[arg(long, value_name = "RFC3339", value_parser = moment)]
+    pub at: Option<OffsetDateTime>,
+    /// A file whose first line is the passphrase of the private keys
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+/// `mica verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The chain, leaf first, PEM or DER; or a delivered folder, whose key.pem is checked too; `-` is standard input
+    #[arg(value_name = "CHAIN")]
+    pub chain: PathBuf,
+    /// The trust bundle, PEM or SPIFFE JSON [default, of a folder: its root-cert.pem]
+    #[arg(long, value_name = "FILE")]
+    pub roots: Option<PathBuf>,
+    /// The SPIFFE ID that it should name [default: any]
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
+    pub identity: Option<SpiffeId>,
+    /// The private key that should belong to it
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Judge as at this time, such as 2026-01-02T15:04:05Z [default: now]
+    #[arg(long, value_name = "RFC3339", value_parser = moment)]
+    pub at: Option<OffsetDateTime>,
+    /// A file whose first line is the passphrase of the key
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+/// `mica bundle`.
+#[derive(Debug, Subcommand)]
+pub enum BundleCommand {
+    /// Make one bundle of several, without repetitions
+    ///
+    /// Bundles of different trust domains are never merged. A root that names no trust domain (as Istio's own do not)
+    /// is only taken with --trust-domain, which says that it belongs there.
+    #[command(
+        after_help = "Example:\n  mica bundle merge old/root-cert.pem new/root-cert.pem --out root-cert.pem"
+    )]
+    Merge(BundleMerge),
+    /// Write a bundle in the other form
+    #[command(
+        after_help = "Example:\n  mica bundle convert root-cert.pem --form spiffe --sequence 1 --out bundle.json"
+    )]
+    Convert(BundleConvert),
+    /// List the roots of bundles
+    #[command(after_help = "Example:\n  mica bundle list root-cert.pem")]
+    List(BundleList),
+}
+
+/// `mica bundle merge`.
+#[derive(Debug, Args)]
+pub struct BundleMerge {
+    /// The bundles, PEM or SPIFFE JSON; `-` is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
+    /// How and where it is written.
+    #[command(flatten)]
+    pub write: BundleWrite,
+}
+
+/// `mica bundle convert`.
+#[derive(Debug, Args)]
+pub struct BundleConvert {
+    /// The bundle, PEM or SPIFFE JSON; `-` is standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// How and where it is written.
+    #[command(flatten)]
+    pub write: BundleWrite,
+}
+
+/// How a bundle is written.
+#[derive(Debug, Args)]
+pub struct BundleWrite {
+    /// The form to write
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = BundleForm::Pem)]
+    pub form: BundleForm,
+    /// Where it goes; `-` is standard output
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub out: PathBuf,
+    /// Replace FILE if it is there
+    #[arg(long)]
+    pub force: bool,
+    /// The trust domain: of roots that name none, and the one to take from a map of bundles
+    #[arg(long, value_name = "NAME")]
+    pub trust_domain: Option<TrustDomain>,
+    /// spiffe_sequence, which has to grow with every change; for --form spiffe [default: as read]
+    #[arg(long, value_name = "NUMBER")]
+    pub sequence: Option<u64>,
+    /// spiffe_refresh_hint: how often consumers should look again; for --form spiffe [default: as read]
+    #[arg(long, value_name = "DURATION", value_parser = lifetime)]
+    pub refresh_hint: Option<Lifetime>,
+}
+
+/// `mica bundle list`.
+#[derive(Debug, Args)]
+pub struct BundleList {
+    /// The bundles, PEM or SPIFFE JSON; `-` is standard input
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<PathBuf>,
+    /// Judge as at this time, such as 2026-01-02T15:04:05Z [default: now]
+    #[arg(long, value_name = "RFC3339", value_parser = moment)]
+    pub at: Option<OffsetDateTime>,
+}
+
+/// The forms of a trust bundle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BundleForm {
+    /// Certificates, one after the other
+    Pem,
+    /// A JWK Set, as SPIFFE federates it
+    Spiffe,
+}
+
+/// `mica completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: Shell,
+}
+
+/// The shells that completions are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// bash
+    Bash,
+    /// zsh
+    Zsh,
+    /// fish
+    Fish,
+}
+
+/// `mica man`.
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The folder to write mica.1, mica-serve.1 and the others to; made if it is missing
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Replace pages that are there
+    #[arg(long)]
+    pub force: bool,
+}
+
+fn lifetime(text: &str) -> Result<Lifetime, String> {
+    let lifetime: Lifetime = text.parse().map_err(|e: crate::core::lifetime::Error| e.to_string())?;
+    if lifetime == Lifetime::from_secs(0) {
+        return Err("it has to be longer than nothing; write one such as 24h".to_owned());
+    }
+    Ok(lifetime)
+}
+
+fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|_| "it is no RFC 3339 time; write one such as 2026-01-02T15:04:05Z".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_leaf_command_has_an_example() {
+        fn walk(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            if command.has_subcommands() {
+                command.get_subcommands().for_each(|sub| walk(sub, &path));
+            } else {
+                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.starts_with("Example"), "{path} has no example");
+                assert!(help.contains("mica"), "{path}");
+            }
+        }
+        walk(&Cli::command(), "");
+    }
+
+    #[test]
+    fn every_flag_of_serve_is_also_in_the_environment() {
+        let command = Cli::command();
+        let serve = command.find_subcommand("serve").unwrap();
+        for argument in serve.get_arguments() {
+            let expected = match argument.get_long() {
+                Some("output" | "help" | "version") => continue,
+                Some(long) => format!("MICA_{}", long.replace('-', "_").to_uppercase()),
+                None => "MICA_DIR".to_owned(),
+            };
+            assert_eq!(argument.get_env(), Some(expected.as_ref()), "{}", argument.get_id());
+        }
+    }
+}
