@@ -63,6 +63,7 @@ pub fn run(args: Args) -> Result<(), Error> {
         let (ttl, longest) = (args.ttl, args.max_ttl);
         return Err(usage(format_args!("--ttl {ttl} is not between {SHORTEST} and --max-ttl {longest}")));
     }
+    FolderSink::check_mode(args.secrets_mode).map_err(usage)?;
     telemetry::start(args.log_format, args.log_level);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

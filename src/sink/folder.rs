@@ -143,9 +143,7 @@ impl FolderSink {
     /// Without an owner or a group it is ours.
     pub fn open(data: &Dir, secrets: &Path, access: Access) -> Result<Self, Error> {
         let Access { mode, owner, group } = access;
-        if mode & !0o644 != 0 || mode & 0o400 == 0 {
-            return Err(Error::Mode(mode));
-        }
+        Self::check_mode(mode)?;
         let holder = format!(
             "the mica that has the data folder {}, process {}",
             data.path().display(),
@@ -184,6 +182,11 @@ impl FolderSink {
             eyes: tokio::sync::Mutex::default(),
             wake: tokio::sync::Notify::new(),
         })
+    }
+
+    /// Whether files may be delivered with this mode.
+    pub fn check_mode(mode: u32) -> Result<(), Error> {
+        if mode & !0o644 != 0 || mode & 0o400 == 0 { Err(Error::Mode(mode)) } else { Ok(()) }
     }
 
     /// Where an account's certificate is delivered, for people to read.

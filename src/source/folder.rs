@@ -312,7 +312,10 @@ impl Source for FolderSource {
 impl FolderSource {
     fn due(&self) -> Instant {
         let removal = self.tally.next_removal().filter(|_| self.lost.is_none());
-        [self.pending.due(), removal, Some(self.sweep.due)].into_iter().flatten().fold(self.tick, Instant::min)
+        [self.pending.due(), removal, Some(self.sweep.due)]
+            .into_iter()
+            .flatten()
+            .fold(self.tick, Instant::min)
     }
 
     fn look_at_the_clock(&mut self) {
@@ -777,8 +780,12 @@ impl FolderSource {
         dir.listed = true;
         dir.stamp = handle.facts.stamp;
         let is_there = |name: &OsStr| entries.binary_search_by(|(there, _)| (**there).cmp(name)).is_ok();
-        let gone: Vec<_> =
-            dir.entries.iter().filter(|entry| !is_there(&entry.name)).map(|entry| entry.name.clone()).collect();
+        let gone: Vec<_> = dir
+            .entries
+            .iter()
+            .filter(|entry| !is_there(&entry.name))
+            .map(|entry| entry.name.clone())
+            .collect();
         dir.entries.reserve(entries.len().saturating_sub(dir.entries.len()));
         for name in gone {
             self.remove_entry(id, &name);
@@ -886,7 +893,9 @@ impl FolderSource {
             Err(error) => {
                 let reason = match error.kind() {
                     io::ErrorKind::NotFound => "it is a link that leads nowhere".to_owned(),
-                    _ if error.raw_os_error() == Some(ELOOP) => "it is a link that leads in a circle".to_owned(),
+                    _ if error.raw_os_error() == Some(ELOOP) => {
+                        "it is a link that leads in a circle".to_owned()
+                    }
                     _ => error.to_string(),
                 };
                 match self.node(id, name) {
@@ -1101,7 +1110,9 @@ impl FolderSource {
         match self.dir_mut(id) {
             Some(dir) => match dir.find(name) {
                 Ok(at) => dir.entries[at].link = true,
-                Err(at) => dir.entries.insert(at, Entry { name: name.into(), link: true, node: Node::Nothing }),
+                Err(at) => {
+                    dir.entries.insert(at, Entry { name: name.into(), link: true, node: Node::Nothing })
+                }
             },
             None => return,
         }
@@ -1191,7 +1202,15 @@ impl FolderSource {
         match read {
             Ok(facts) => {
                 let found = accounts_in(text);
-                self.put_file(id, name, link, Some(facts.identity), facts.stamp, found.accounts, found.faults);
+                self.put_file(
+                    id,
+                    name,
+                    link,
+                    Some(facts.identity),
+                    facts.stamp,
+                    found.accounts,
+                    found.faults,
+                );
             }
             Err(error) if !link && error.kind() == io::ErrorKind::NotFound => self.remove_entry(id, name),
             Err(error) => {
@@ -1276,8 +1295,11 @@ impl FolderSource {
         for (identity, id, name) in std::mem::take(&mut self.newcomers) {
             let Some(good) = orphans.remove(&identity) else { continue };
             let Some(file) = self.file(id, &name) else { continue };
-            let Some(trouble) = file.trouble.as_deref().filter(|trouble| !trouble.good.ever) else { continue };
-            let was_never = Trouble { identity: None, faults: trouble.faults.clone(), good: trouble.good.clone() };
+            let Some(trouble) = file.trouble.as_deref().filter(|trouble| !trouble.good.ever) else {
+                continue;
+            };
+            let was_never =
+                Trouble { identity: None, faults: trouble.faults.clone(), good: trouble.good.clone() };
             let before = file.names.clone();
             let accounts = [before.as_slice(), good.names.as_slice()].concat();
             let names = self.tally_names(accounts, &before);

@@ -84,7 +84,8 @@ impl Tally {
         if self.frozen {
             return Vec::new();
         }
-        let removed: Vec<_> = self.held.extract_if(|_, due| *due <= now).map(|(account, _)| account).collect();
+        let removed: Vec<_> =
+            self.held.extract_if(|_, due| *due <= now).map(|(account, _)| account).collect();
         for account in &removed {
             self.counts.remove(account);
         }

@@ -210,7 +210,8 @@ pub fn follow(directory: &Path, name: &OsStr) -> io::Result<Route> {
         if target.is_absolute() {
             route.end = PathBuf::from("/");
         }
-        let parts = target.components().filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
+        let parts =
+            target.components().filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
         ahead.extend(parts.rev().map(|part| part.as_os_str().to_owned()));
     }
     Ok(route)
@@ -266,8 +267,11 @@ mod tests {
 
         let route = follow(&at.join("mount"), "a.yaml".as_ref()).unwrap();
         assert_eq!(route.end, at.join("mount/..v1/a.yaml"));
-        let steps: Vec<_> =
-            route.steps.iter().map(|(directory, name)| directory.strip_prefix(&at).unwrap().join(name)).collect();
+        let steps: Vec<_> = route
+            .steps
+            .iter()
+            .map(|(directory, name)| directory.strip_prefix(&at).unwrap().join(name))
+            .collect();
         let expected = ["mount/a.yaml", "mount/..data", "mount/..v1", "mount/..v1/a.yaml"];
         assert_eq!(steps, expected.map(PathBuf::from));
 
@@ -305,7 +309,9 @@ mod tests {
         assert!(directory.read("link".as_ref(), 5, &mut buffer).is_err());
         directory.read_through("link".as_ref(), 5, &mut buffer).unwrap();
         assert_eq!(buffer, b"12345");
-        assert!(directory.read("fifo".as_ref(), 5, &mut buffer).unwrap_err().to_string().contains("no regular"));
+        assert!(
+            directory.read("fifo".as_ref(), 5, &mut buffer).unwrap_err().to_string().contains("no regular")
+        );
         let error = directory.read("huge".as_ref(), 1 << 20, &mut buffer).unwrap_err();
         assert!(error.to_string().contains("1099511627776 bytes"), "{error}");
         assert!(buffer.capacity() < 1 << 20);

@@ -60,10 +60,9 @@ fn below(root: &Path, arguments: &IntermediateNew) -> Result<Report, Error> {
         lifetime: arguments.lifetime,
     };
     let issued = issuer.issue(&order, now, keys::serial_number()?).map_err(|fault| match fault {
-        issuer::Error::PathLength => Error::Usage(format!(
-            "{}: {fault}; give the folder of its root with --root",
-            name_of(root)
-        )),
+        issuer::Error::PathLength => {
+            Error::Usage(format!("{}: {fault}; give the folder of its root with --root", name_of(root)))
+        }
         fault => Error::Issue { folder: name_of(root), fault },
     })?;
     let certificate = Certificate::from_der(issued.der()).map_err(issuer::Error::from)?;

@@ -780,7 +780,8 @@ impl FolderSource {
     fn check(&self) {
         let mut seen = HashSet::from([ROOT]);
         let (mut links, mut aliases) = (0, 0);
-        for (id, dir) in self.dirs.iter().enumerate().filter_map(|(id, dir)| Some((id as u32, dir.as_ref()?))) {
+        for (id, dir) in self.dirs.iter().enumerate().filter_map(|(id, dir)| Some((id as u32, dir.as_ref()?)))
+        {
             assert!(dir.entries.is_sorted_by(|a, b| a.name < b.name));
             assert_eq!(self.by_identity.get(&dir.identity), Some(&id));
             links += dir.aliases.len();
@@ -818,8 +819,9 @@ fn any_churn_of_good_files_ends_as_a_fresh_look_sees_it() {
             std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 let tasks = tokio::task::LocalSet::new();
-                let runs: Vec<_> =
-                    (0..10).map(|run| tasks.spawn_local(churn_ends_as_a_fresh_look(thread * 10 + run))).collect();
+                let runs: Vec<_> = (0..10)
+                    .map(|run| tasks.spawn_local(churn_ends_as_a_fresh_look(thread * 10 + run)))
+                    .collect();
                 runtime.block_on(tasks.run_until(async {
                     for run in runs {
                         run.await.unwrap();

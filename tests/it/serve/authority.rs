@@ -3,7 +3,16 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
+
+use mica::core::bundle::TrustBundle;
+use mica::core::certificate::Certificate;
+use mica::core::issuer::{self, Issuer, Order};
+use mica::core::key::KeyKind;
+use mica::core::profile::Profile;
+use mica::sys::keys;
+use time::OffsetDateTime;
 
 use super::{Place, tree, wait_for};
 use crate::fixtures::run;
@@ -261,21 +270,25 @@ fn keys_of_every_form_are_taken_and_those_that_do_not_fit_are_refused() {
     // PKCS#1 and SEC1.
     for (folder, kind) in [(&rsa, "rsa"), (&ec, "ec")] {
         let key = folder.join("ca-key.pem");
+        let other = brought.path("other");
         brought.openssl(&[kind, "-in"], |command| {
-            command.arg(&key).arg("-out").arg(&key);
+            command.arg(&key).arg("-out").arg(&other);
             if kind == "rsa" {
                 command.arg("-traditional");
             }
         });
+        fs::rename(&other, &key).unwrap();
         let place = fresh();
         place.start(&["--authority", folder.to_str().unwrap()]).stop();
         openssl_accepts(&place, "web");
     }
     // Encrypted PKCS#8.
     let key = ec.join("ca-key.pem");
+    let other = brought.path("other");
     brought.openssl(&["pkcs8", "-topk8", "-passout", "pass:secret", "-in"], |command| {
-        command.arg(&key).arg("-out").arg(&key);
+        command.arg(&key).arg("-out").arg(&other);
     });
+    fs::rename(&other, &key).unwrap();
     let refused = fresh().refused(&["--authority", ec.to_str().unwrap()]);
     assert!(refused.contains("--passphrase-file"), "{refused}");
     let passphrase = brought.path("passphrase");
@@ -305,32 +318,62 @@ fn keys_of_every_form_are_taken_and_those_that_do_not_fit_are_refused() {
     assert!(refused.contains("ca.crt"), "{refused}");
 }
 
+/// The four files of an intermediate that was issued at a time for thirty days, below a root that still lasts.
+fn put_intermediate(folder: &Path, root: &(Issuer, String), issued: OffsetDateTime) {
+    let key = keys::generate(KeyKind::P256).unwrap();
+    let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
+    let profile = Profile::Intermediate { organization: &organization, trust_domain: &trust_domain };
+    let order = Order { profile, key: key.public(), lifetime: "30d".parse().unwrap() };
+    let certificate = root.0.issue(&order, issued, keys::serial_number().unwrap()).unwrap();
+    let pem = root.0.chain_pem(&certificate);
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join("ca-cert.pem"), &pem).unwrap();
+    fs::write(folder.join("ca-key.pem"), key.to_pem().as_bytes()).unwrap();
+    fs::write(folder.join("cert-chain.pem"), &pem).unwrap();
+    fs::write(folder.join("root-cert.pem"), &root.1).unwrap();
+}
+
 #[test]
 fn with_an_expired_issuer_mica_runs_is_not_ready_and_loses_nothing() {
-    let (place, brought) = (Place::new(), Brought::new());
+    let place = Place::new();
     place.account("web");
-    let folder = brought.intermediate("one", &P256, "30");
+    let now = OffsetDateTime::now_utc();
+    let ago = now - Duration::from_secs(60 * 86_400);
+    let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+    let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
+    let profile = Profile::Root { organization: &organization, trust_domain: &trust_domain };
+    let serial = keys::serial_number().unwrap();
+    let root = issuer::root(&key, &profile, "10y".parse().unwrap(), ago, serial).unwrap();
+    let root = Certificate::from_der(root.der()).unwrap();
+    let bundle = TrustBundle::new([root.clone()]).unwrap();
+    let pem = root.to_pem();
+    let root = (Issuer::new(Arc::new(key), &[root], bundle, &trust_domain).unwrap(), pem);
+
+    let folder = place.root.path().join("ca");
+    put_intermediate(&folder, &root, now);
     let mica = place.start(&["--authority", folder.to_str().unwrap()]);
     assert_eq!(mica.page("/readyz").0, 200);
     mica.stop();
     let secrets = tree(&place.data().join("secrets"));
-    brought.openssl(
-        &["x509", "-req", "-sha256", "-CA", "root.pem", "-CAkey", "root.key", "-days", "-1"],
-        |command| {
-            command.args(["-extfile", "ext", "-in", "one.csr", "-out", "one.pem"]);
-        },
-    );
-    brought.put("one", &folder);
-    let mica = place.start(&["--authority", folder.to_str().unwrap()]);
-    let (status, why) = mica.page("/readyz");
-    assert_eq!(status, 503);
-    assert!(why.contains("expired"), "{why}");
-    assert_eq!(mica.page("/livez").0, 200);
-    assert!(mica.metric("citadel_server_cert_chain_expiry_seconds") < 0.0);
-    assert_eq!(tree(&place.data().join("secrets")), secrets, "what was delivered stays");
+    let expired = Place::new();
+    expired.account("web");
+    put_intermediate(&folder, &root, ago);
+    for (place, has_a_set) in [(&place, true), (&expired, false)] {
+        let mica = place.start(&["--authority", folder.to_str().unwrap()]);
+        let (status, why) = mica.page("/readyz");
+        assert_eq!(status, 503);
+        assert!(why.contains("expired"), "{why}");
+        assert_eq!(mica.page("/livez").0, 200);
+        assert!(mica.metric("citadel_server_cert_chain_expiry_seconds") < 0.0);
+        if has_a_set {
+            assert_eq!(tree(&place.data().join("secrets")), secrets, "what was delivered stays");
+        }
+        mica.stop();
+    }
     // A good one mends it, without a restart.
-    brought.intermediate("two", &P256, "30");
-    brought.put("two", &folder);
+    let mica = expired.start(&["--authority", folder.to_str().unwrap()]);
+    put_intermediate(&folder, &root, now);
     wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
+    expired.wait_for_account("web", Duration::from_secs(2));
     mica.stop();
 }

@@ -40,7 +40,7 @@ fn wrong_usage_is_told_in_one_line_and_changes_nothing() {
         (&["--trust-domain", "Cluster.Local"], "Cluster.Local"),
         (&["--trust-domain", "a:8080"], "a:8080"),
         (&["--secrets-mode", "0666"], "0666"),
-        (&["--grpc-address", "nowhere"], "nowhere"),
+        (&["--dns-names", "a b"], "a b"),
         (&["--authority", "/nowhere"], "/nowhere"),
         (&["--passphrase-file", "x"], "--authority"),
         (&["--no-such-flag"], "--no-such-flag"),
