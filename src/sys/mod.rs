@@ -5,4 +5,5 @@ pub mod clock;
 pub mod dir;
 pub mod files;
 pub mod keys;
+pub mod tree;
 pub mod watch;

@@ -115,14 +115,8 @@ impl<K: Copy + Eq + Hash + Send> Watcher<K> {
             deprecated,
             reason = "the successor is unsafe; the descriptor is owned here and never replaced, so this is sound"
         )]
-        let inotify =
-            AsyncFd::with_interest(inotify, Interest::READABLE).map_err(Error::Unavailable)?;
-        Ok(Self {
-            inotify,
-            keys: HashMap::new(),
-            tickets: 0,
-            buffer: vec![0; BUFFER].into_boxed_slice(),
-        })
+        let inotify = AsyncFd::with_interest(inotify, Interest::READABLE).map_err(Error::Unavailable)?;
+        Ok(Self { inotify, keys: HashMap::new(), tickets: 0, buffer: vec![0; BUFFER].into_boxed_slice() })
     }
 
     /// Watches a file, or a directory and its direct entries. Links are followed.
@@ -189,10 +183,7 @@ impl<K: Copy + Eq + Hash + Send> Watcher<K> {
                 let full = source.raw_os_error() == Some(ENOSPC);
                 match full.then(|| limit("fs.inotify.max_user_watches")) {
                     Some(Some(limit)) => limit,
-                    _ => Error::Path {
-                        path: path.to_owned(),
-                        source,
-                    },
+                    _ => Error::Path { path: path.to_owned(), source },
                 }
             })?;
         let ticket = self.tickets;
@@ -214,9 +205,7 @@ impl<K: Copy + Eq + Hash + Send> Watcher<K> {
 
 impl<K> std::fmt::Debug for Watcher<K> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watcher")
-            .field("watches", &self.keys.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Watcher").field("watches", &self.keys.len()).finish_non_exhaustive()
     }
 }
 
@@ -281,10 +270,7 @@ fn read<K: Copy>(
     buffer: &mut [u8],
     keys: &HashMap<i32, Keys<K>>,
 ) -> io::Result<News<K>> {
-    let mut news = News {
-        events: Vec::new(),
-        ended: Vec::new(),
-    };
+    let mut news = News { events: Vec::new(), ended: Vec::new() };
     for event in inotify.read_events(buffer)? {
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             news.events.push(Event::Overflow);
@@ -296,22 +282,19 @@ fn read<K: Copy>(
         if news.ended.contains(&id) {
             continue;
         }
-        let ended = event
-            .mask
-            .intersects(EventMask::DELETE_SELF | EventMask::UNMOUNT | EventMask::IGNORED);
+        let ended = event.mask.intersects(EventMask::DELETE_SELF | EventMask::UNMOUNT | EventMask::IGNORED);
         if ended {
             news.ended.push(id);
         }
         for key in keys.as_slice() {
             let name = event.name.map(ToOwned::to_owned);
-            news.events
-                .push(if ended || event.mask.contains(EventMask::MOVE_SELF) {
-                    Event::Gone { key }
-                } else if event.mask.contains(EventMask::MODIFY) {
-                    Event::Writing { key, name }
-                } else {
-                    Event::Changed { key, name }
-                });
+            news.events.push(if ended || event.mask.contains(EventMask::MOVE_SELF) {
+                Event::Gone { key }
+            } else if event.mask.contains(EventMask::MODIFY) {
+                Event::Writing { key, name }
+            } else {
+                Event::Changed { key, name }
+            });
         }
     }
     Ok(news)
@@ -323,10 +306,7 @@ const EMFILE: i32 = rustix::io::Errno::MFILE.raw_os_error();
 /// `None` if the setting cannot be read, as when it is the process that may open no more files.
 fn limit(setting: &'static str) -> Option<Error> {
     let value = std::fs::read_to_string(format!("/proc/sys/{}", setting.replace('.', "/"))).ok()?;
-    Some(Error::Limit {
-        setting,
-        value: value.trim().to_owned(),
-    })
+    Some(Error::Limit { setting, value: value.trim().to_owned() })
 }
 
 #[cfg(test)]
@@ -338,8 +318,7 @@ mod tests {
     /// Everything told until nothing more comes for a moment.
     async fn told(watcher: &mut Watcher<u32>) -> Vec<Event<u32>> {
         let mut all = Vec::new();
-        while let Ok(events) = tokio::time::timeout(Duration::from_millis(50), watcher.next()).await
-        {
+        while let Ok(events) = tokio::time::timeout(Duration::from_millis(50), watcher.next()).await {
             assert!(!events.is_empty());
             all.extend(events);
         }
@@ -371,12 +350,7 @@ mod tests {
         fs::remove_dir(b.join("y")).unwrap();
         assert_eq!(
             told(&mut watcher).await,
-            [
-                changed(1, "x"),
-                changed(1, "x"),
-                changed(2, "y"),
-                changed(2, "y")
-            ]
+            [changed(1, "x"), changed(1, "x"), changed(2, "y"), changed(2, "y")]
         );
     }
 
@@ -452,10 +426,7 @@ mod tests {
         let third = watcher.watch(&link, 3).unwrap();
 
         fs::create_dir(link.join("x")).unwrap();
-        assert_eq!(
-            told(&mut watcher).await,
-            [changed(1, "x"), changed(2, "x"), changed(3, "x")]
-        );
+        assert_eq!(told(&mut watcher).await, [changed(1, "x"), changed(2, "x"), changed(3, "x")]);
         watcher.unwatch(first);
         watcher.unwatch(third);
         fs::remove_dir(link.join("x")).unwrap();
@@ -487,11 +458,8 @@ mod tests {
 
     #[tokio::test]
     async fn lost_events_are_told_as_overflow() {
-        let queue: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events")
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap();
+        let queue: usize =
+            fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
         let root = tempfile::tempdir().unwrap();
         let (a, b) = (root.path().join("a"), root.path().join("b"));
         fs::write(&a, "").unwrap();
@@ -509,9 +477,7 @@ mod tests {
         let error = limit("fs.inotify.max_user_watches").unwrap();
         let set = fs::read_to_string("/proc/sys/fs/inotify/max_user_watches").unwrap();
         assert!(
-            error
-                .to_string()
-                .contains(&format!("fs.inotify.max_user_watches = {}", set.trim())),
+            error.to_string().contains(&format!("fs.inotify.max_user_watches = {}", set.trim())),
             "{error}"
         );
     }
