@@ -44,12 +44,7 @@ impl fmt::Display for Fault {
 
 /// Reads all documents of a file.
 pub fn accounts_in(text: &[u8]) -> Manifests {
-    let mut found = Found {
-        text,
-        document: 0,
-        manifests: Manifests::default(),
-        unlisted: 0,
-    };
+    let mut found = Found { text, document: 0, manifests: Manifests::default(), unlisted: 0 };
     if matches!(text, [0xff, 0xfe, ..] | [0xfe, 0xff, ..]) {
         found.document = 1;
         found.fault("the text is UTF-16; save it as UTF-8");
@@ -73,10 +68,7 @@ impl Found<'_> {
     fn fault(&mut self, reason: impl Into<String>) {
         let faults = &mut self.manifests.faults;
         if faults.len() < MAX_FAULTS {
-            faults.push(Fault {
-                document: self.document,
-                reason: reason.into(),
-            });
+            faults.push(Fault { document: self.document, reason: reason.into() });
         } else {
             self.unlisted += 1;
         }
@@ -112,11 +104,7 @@ fn lines(text: &[u8]) -> usize {
 
 /// Messages of parsers are foreign text: one line, bounded, nothing that steers a terminal.
 fn plain(message: &str) -> String {
-    let line: String = message
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(200)
-        .collect();
+    let line: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
     line.trim().to_owned()
 }
 
@@ -150,11 +138,7 @@ impl<'a> Documents<'a> {
                 .position(|byte| matches!(byte, b'\n' | b'\r'))
                 .map_or(self.text.len(), |end| at + end + 1);
             let line = &self.text[at..end];
-            let bom = if line.starts_with(b"\xef\xbb\xbf") {
-                3
-            } else {
-                0
-            };
+            let bom = if line.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
             let line = &line[bom..];
             if is_marker(line, b"---") {
                 if marked || has_content {
@@ -189,12 +173,7 @@ impl<'a> Documents<'a> {
     }
 
     fn document(&self, start: usize, end: usize, body: usize, has_content: bool) -> Document<'a> {
-        Document {
-            start,
-            text: &self.text[start..end],
-            body: &self.text[body..end],
-            has_content,
-        }
+        Document { start, text: &self.text[start..end], body: &self.text[body..end], has_content }
     }
 }
 
@@ -219,17 +198,8 @@ fn read_document(document: &Document<'_>, found: &mut Found<'_>) {
         Ok(text) => text,
         Err(error) => {
             let before = &document.text[..error.valid_up_to()];
-            let column = before
-                .iter()
-                .rev()
-                .take_while(|byte| **byte != b'\n')
-                .count();
-            found.fault_at(
-                document,
-                1 + lines(before),
-                1 + column,
-                "this is no UTF-8 text",
-            );
+            let column = before.iter().rev().take_while(|byte| **byte != b'\n').count();
+            found.fault_at(document, 1 + lines(before), 1 + column, "this is no UTF-8 text");
             return;
         }
     };
@@ -304,12 +274,7 @@ impl fmt::Display for Place<'_> {
 /// What a typed list says for its items.
 type Inherited = (&'static Known, Group);
 
-fn collect(
-    object: Object<'_>,
-    inherited: Option<Inherited>,
-    place: &Place<'_>,
-    found: &mut Found<'_>,
-) {
+fn collect(object: Object<'_>, inherited: Option<Inherited>, place: &Place<'_>, found: &mut Found<'_>) {
     let refuse = |found: &mut Found<'_>, kind: &str, reason: &dyn fmt::Display| {
         found.fault(match place {
             Place::Document => format!("{kind}: {reason}"),
@@ -382,10 +347,7 @@ fn account_of(
 ) -> Result<Option<ServiceAccount>, String> {
     let metadata = metadata.mapping("metadata")?.unwrap_or_default();
     let name = match names {
-        Names::Itself => metadata
-            .name
-            .text("metadata.name")?
-            .ok_or("it has no metadata.name")?,
+        Names::Itself => metadata.name.text("metadata.name")?.ok_or("it has no metadata.name")?,
         Names::Pod => match spec.mapping("spec")? {
             Some(pod) => account_of_pod(pod)?,
             None => return Ok(None),
@@ -421,7 +383,7 @@ fn account_of(
 /// The `spec` of a pod template or of a job template.
 fn pod_of<'a>(template: Field<Template<'a>>, path: &str) -> Result<Option<Box<Spec<'a>>>, String> {
     match template.mapping(path)? {
-        Some(template) => template.spec.mapping(&format_args!("{path}.spec")),
+        Some(template) => template.spec.mapping(format_args!("{path}.spec")),
         None => Ok(None),
     }
 }
@@ -519,11 +481,7 @@ enum Names {
 }
 
 const fn known(kind: &'static str, groups: &'static [Group], names: Names) -> Known {
-    Known {
-        kind,
-        groups,
-        names,
-    }
+    Known { kind, groups, names }
 }
 
 const CORE: &[Group] = &[Group::Core];
@@ -644,13 +602,7 @@ macro_rules! mapping {
     )*};
 }
 
-mapping!(
-    Object<'a>,
-    Metadata<'a>,
-    Spec<'a>,
-    Box<Spec<'a>>,
-    Template<'a>
-);
+mapping!(Object<'a>, Metadata<'a>, Spec<'a>, Box<Spec<'a>>, Template<'a>);
 
 impl<'de, T: Shape<'de>> Deserialize<'de> for Field<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -765,10 +717,7 @@ mod tests {
             ["shop/web"]
         );
         for none in ["", "null", "~", "''"] {
-            assert_eq!(
-                names(&format!("{}  namespace: {none}\n", account("web"))),
-                ["default/web"]
-            );
+            assert_eq!(names(&format!("{}  namespace: {none}\n", account("web"))), ["default/web"]);
         }
     }
 
@@ -779,64 +728,24 @@ mod tests {
         for (version, kind, body) in [
             ("v1", "Pod", "spec: {serviceAccountName: web}".to_owned()),
             ("v1", "PodTemplate", format!("template: {pod}")),
-            (
-                "v1",
-                "ReplicationController",
-                format!("spec: {{template: {pod}}}"),
-            ),
-            (
-                "apps/v1",
-                "Deployment",
-                format!("spec: {{template: {pod}}}"),
-            ),
-            (
-                "extensions/v1beta1",
-                "Deployment",
-                format!("spec: {{template: {pod}}}"),
-            ),
-            (
-                "apps/v1beta2",
-                "ReplicaSet",
-                format!("spec: {{template: {pod}}}"),
-            ),
-            (
-                "apps/v1",
-                "StatefulSet",
-                format!("spec: {{template: {pod}}}"),
-            ),
+            ("v1", "ReplicationController", format!("spec: {{template: {pod}}}")),
+            ("apps/v1", "Deployment", format!("spec: {{template: {pod}}}")),
+            ("extensions/v1beta1", "Deployment", format!("spec: {{template: {pod}}}")),
+            ("apps/v1beta2", "ReplicaSet", format!("spec: {{template: {pod}}}")),
+            ("apps/v1", "StatefulSet", format!("spec: {{template: {pod}}}")),
             ("apps/v1", "DaemonSet", format!("spec: {{template: {pod}}}")),
             ("batch/v1", "Job", format!("spec: {{template: {pod}}}")),
-            (
-                "batch/v1",
-                "CronJob",
-                format!("spec: {{jobTemplate: {job}}}"),
-            ),
+            ("batch/v1", "CronJob", format!("spec: {{jobTemplate: {job}}}")),
         ] {
             let head = format!("apiVersion: {version}\nkind: {kind}\n");
             let metadata = "metadata: {generateName: x-, namespace: shop}\n";
-            assert_eq!(
-                names(&format!("{head}{metadata}{body}")),
-                ["shop/web"],
-                "{kind}"
-            );
+            assert_eq!(names(&format!("{head}{metadata}{body}")), ["shop/web"], "{kind}");
             // The order of keys says nothing.
-            assert_eq!(
-                names(&format!("{body}\n{metadata}{head}")),
-                ["shop/web"],
-                "{kind}"
-            );
+            assert_eq!(names(&format!("{body}\n{metadata}{head}")), ["shop/web"], "{kind}");
             let unnamed = body.replace("serviceAccountName: web", "serviceAccountName: ''");
-            assert_eq!(
-                names(&format!("{head}{metadata}{unnamed}")),
-                ["shop/default"],
-                "{kind}"
-            );
+            assert_eq!(names(&format!("{head}{metadata}{unnamed}")), ["shop/default"], "{kind}");
             let older = body.replace("serviceAccountName", "serviceAccount");
-            assert_eq!(
-                names(&format!("{head}{metadata}{older}")),
-                ["shop/web"],
-                "{kind}"
-            );
+            assert_eq!(names(&format!("{head}{metadata}{older}")), ["shop/web"], "{kind}");
             for foreign in ["example.com/v1", "apps.example.com/v1", "other/v1"] {
                 let head = format!("apiVersion: {foreign}\nkind: {kind}\n");
                 assert_eq!(names(&format!("{head}{metadata}{body}")), [""; 0], "{kind}");
@@ -847,9 +756,7 @@ mod tests {
     #[test]
     fn the_newer_name_of_the_field_wins() {
         assert_eq!(
-            names(
-                "{apiVersion: v1, kind: Pod, spec: {serviceAccount: old, serviceAccountName: new}}"
-            ),
+            names("{apiVersion: v1, kind: Pod, spec: {serviceAccount: old, serviceAccountName: new}}"),
             ["default/new"]
         );
     }
@@ -906,19 +813,10 @@ items:
   kind: ConfigMapList
   items: [{data: {}}]
 ";
-        let all = [
-            "default/a",
-            "default/b",
-            "default/c",
-            "shop/default",
-            "default/d",
-        ];
+        let all = ["default/a", "default/b", "default/c", "shop/default", "default/d"];
         assert_eq!(names(text), all);
         for empty in ["null", "[]"] {
-            assert_eq!(
-                names(&format!("{{apiVersion: v1, kind: List, items: {empty}}}")),
-                [""; 0]
-            );
+            assert_eq!(names(&format!("{{apiVersion: v1, kind: List, items: {empty}}}")), [""; 0]);
         }
     }
 
@@ -953,18 +851,9 @@ items:
     #[test]
     fn values_that_kubernetes_would_refuse_are_named() {
         for (text, told) in [
-            (
-                "{apiVersion: v1, kind: ServiceAccount}",
-                "ServiceAccount: it has no metadata.name",
-            ),
-            (
-                "{apiVersion: v1, kind: ServiceAccount, metadata: {generateName: x-}}",
-                "no metadata.name",
-            ),
-            (
-                "{apiVersion: v1, kind: ServiceAccount, metadata: [a]}",
-                "metadata is a list, not a mapping",
-            ),
+            ("{apiVersion: v1, kind: ServiceAccount}", "ServiceAccount: it has no metadata.name"),
+            ("{apiVersion: v1, kind: ServiceAccount, metadata: {generateName: x-}}", "no metadata.name"),
+            ("{apiVersion: v1, kind: ServiceAccount, metadata: [a]}", "metadata is a list, not a mapping"),
             (
                 "{apiVersion: v1, kind: ServiceAccount, metadata: {name: 17}}",
                 "metadata.name is the number 17, not text; put it in quotes",
@@ -989,10 +878,7 @@ items:
                 "{apiVersion: v1, kind: Pod, spec: {serviceAccountName: 1.5}}",
                 "serviceAccountName is the number 1.5",
             ),
-            (
-                "{apiVersion: v1, kind: Pod, spec: text}",
-                "spec is text, not a mapping",
-            ),
+            ("{apiVersion: v1, kind: Pod, spec: text}", "spec is text, not a mapping"),
             (
                 "{apiVersion: apps/v1, kind: Deployment, spec: {template: {spec: [1]}}}",
                 "spec.template.spec is a list",
@@ -1001,14 +887,8 @@ items:
                 "{apiVersion: batch/v1, kind: CronJob, spec: {jobTemplate: {spec: {template: 1}}}}",
                 "spec.jobTemplate.spec.template is the number 1",
             ),
-            (
-                "{apiVersion: v1, kind: List, items: {}}",
-                "List: items is a mapping, not a list",
-            ),
-            (
-                "{apiVersion: 1, kind: List}",
-                "List: apiVersion is the number 1, not text",
-            ),
+            ("{apiVersion: v1, kind: List, items: {}}", "List: items is a mapping, not a list"),
+            ("{apiVersion: 1, kind: List}", "List: apiVersion is the number 1, not text"),
             ("{kind: Pod}", "Pod: it carries no apiVersion"),
         ] {
             let (accounts, faults) = read(text);
@@ -1033,42 +913,19 @@ items:
             (format!("{a}---\n{bad}---\n{b}"), 2, 2),
             (format!("---\n---\n---\n{bad}---\n{b}"), 1, 3),
             (format!("# only a comment\n\n---\n{bad}---\n{b}"), 1, 1),
-            (
-                format!("%YAML 1.2\n# x\n---\n{a}...\n%YAML 1.2\n---\n{b}...\n{bad}"),
-                2,
-                3,
-            ),
+            (format!("%YAML 1.2\n# x\n---\n{a}...\n%YAML 1.2\n---\n{b}...\n{bad}"), 2, 3),
             (format!("{a}...\n{b}"), 2, 0),
             (format!("{a}...\n# comment\n...\n---\n{b}---\n{bad}"), 2, 3),
             (format!("\u{feff}---\n{a}\u{feff}---\n{b}"), 2, 0),
             (format!("\u{feff}{a}"), 1, 0),
-            (
-                format!(
-                    "--- {{apiVersion: v1, kind: ServiceAccount, metadata: {{name: a}}}}\n---\n{b}"
-                ),
-                2,
-                0,
-            ),
+            (format!("--- {{apiVersion: v1, kind: ServiceAccount, metadata: {{name: a}}}}\n---\n{b}"), 2, 0),
             ("---\n# nothing\n...\n".to_owned(), 0, 0),
-            (
-                "--- |\n  text\n---\n- list\n---\n'quoted'\n".to_owned(),
-                0,
-                0,
-            ),
+            ("--- |\n  text\n---\n- list\n---\n'quoted'\n".to_owned(), 0, 0),
             (format!("a: |\n  ---\n  {bad}---\n{b}"), 1, 0),
         ] {
-            for text in [
-                text.clone(),
-                text.replace('\n', "\r\n"),
-                text.replace('\n', "\r"),
-            ] {
+            for text in [text.clone(), text.replace('\n', "\r\n"), text.replace('\n', "\r")] {
                 let found = accounts_in(text.as_bytes());
-                assert_eq!(
-                    found.accounts.len(),
-                    accounts,
-                    "{text:?}: {:?}",
-                    found.faults
-                );
+                assert_eq!(found.accounts.len(), accounts, "{text:?}: {:?}", found.faults);
                 let faulty: Vec<_> = found.faults.iter().map(|fault| fault.document).collect();
                 let expected: Vec<_> = (document > 0).then_some(document).into_iter().collect();
                 assert_eq!(faulty, expected, "{text:?}: {:?}", found.faults);
@@ -1082,27 +939,17 @@ items:
         let text = format!("{}---\n# comment\na: b\nc: ]\n", account("a"));
         let (_, faults) = read(&text);
         assert_eq!(faults.len(), 1);
-        assert!(
-            faults[0].starts_with("document 2: line 8, column "),
-            "{faults:?}"
-        );
+        assert!(faults[0].starts_with("document 2: line 8, column "), "{faults:?}");
         assert!(!faults[0].contains('\n'));
 
-        let (_, faults) = read(format!(
-            "{}---\n{{\n  \"a\": 1,\n  \"b\" 2\n}}\n",
-            account("a")
-        ));
-        assert!(
-            faults[0].starts_with("document 2: line 8, column "),
-            "{faults:?}"
-        );
+        let (_, faults) = read(format!("{}---\n{{\n  \"a\": 1,\n  \"b\" 2\n}}\n", account("a")));
+        assert!(faults[0].starts_with("document 2: line 8, column "), "{faults:?}");
     }
 
     #[test]
     fn a_fault_shows_nothing_of_a_secret() {
-        let (_, faults) = read(
-            "apiVersion: v1\nkind: Secret\nstringData:\n  password: hunter2\n  other: 'hunter2\n",
-        );
+        let (_, faults) =
+            read("apiVersion: v1\nkind: Secret\nstringData:\n  password: hunter2\n  other: 'hunter2\n");
         assert_eq!(faults.len(), 1);
         assert!(!faults[0].contains("hunter2"), "{faults:?}");
     }
@@ -1123,10 +970,7 @@ items:
   metadata: {name: other}
 - *first
 ";
-        assert_eq!(
-            names(text),
-            ["shop/web", "shop/web", "default/other", "shop/web"]
-        );
+        assert_eq!(names(text), ["shop/web", "shop/web", "default/other", "shop/web"]);
         // An anchor ends with its document.
         let (_, faults) = read("a: &a 1\n---\nb: *a\n");
         assert_eq!(faults.len(), 1);
@@ -1150,10 +994,7 @@ items:
             let nine = vec![format!("*a{}", i - 1); 10].join(", ");
             text += &format!("a{i}: &a{i} [{nine}]\n");
         }
-        text += &format!(
-            "apiVersion: v1\nkind: List\nitems: *a11\n---\n{}",
-            account("a")
-        );
+        text += &format!("apiVersion: v1\nkind: List\nitems: *a11\n---\n{}", account("a"));
         let (accounts, faults) = read(&text);
         assert_eq!(accounts, ["default/a"]);
         assert_eq!(faults.len(), 1);
@@ -1164,12 +1005,7 @@ items:
     fn depth_is_bounded() {
         for (open, close) in [("[", "]"), ("{a: ", "}"), ("- ", ""), ("{\"a\":", "}")] {
             for depth in [1_000, 1_000_000] {
-                let text = format!(
-                    "{}x{}\n---\n{}",
-                    open.repeat(depth),
-                    close.repeat(depth),
-                    account("a")
-                );
+                let text = format!("{}x{}\n---\n{}", open.repeat(depth), close.repeat(depth), account("a"));
                 let (accounts, faults) = read(text);
                 assert_eq!(accounts, ["default/a"], "{open}");
                 assert_eq!(faults.len(), 1, "{open}");
@@ -1217,14 +1053,10 @@ items:
             assert_eq!(accounts, [""; 0]);
             assert!(faults[0].contains("duplicate"), "{faults:?}");
         }
-        let (accounts, faults) = read(
-            r#"{"apiVersion":"v1","kind":"Pod","kind":"ServiceAccount","metadata":{"name":"a"}}"#,
-        );
+        let (accounts, faults) =
+            read(r#"{"apiVersion":"v1","kind":"Pod","kind":"ServiceAccount","metadata":{"name":"a"}}"#);
         assert_eq!((accounts.len(), faults.len()), (0, 1));
-        assert_eq!(
-            names(&format!("{}data: {{x: 1, x: 2}}\n", account("a"))),
-            ["default/a"]
-        );
+        assert_eq!(names(&format!("{}data: {{x: 1, x: 2}}\n", account("a"))), ["default/a"]);
     }
 
     #[test]
@@ -1256,10 +1088,7 @@ items:
         text.extend(account("b").bytes());
         let (accounts, faults) = read(text);
         assert_eq!(accounts, ["default/a", "default/b"]);
-        assert_eq!(
-            faults,
-            ["document 2: line 7, column 4: this is no UTF-8 text"]
-        );
+        assert_eq!(faults, ["document 2: line 7, column 4: this is no UTF-8 text"]);
         let (_, faults) = read(b"\xff\xfea\0");
         assert_eq!(faults, ["document 1: the text is UTF-16; save it as UTF-8"]);
         assert_eq!(read([0; 100]).1.len(), 1);
@@ -1271,10 +1100,7 @@ items:
         let found = accounts_in(text.as_bytes());
         assert_eq!(found.accounts.len(), 1);
         assert_eq!(found.faults.len(), MAX_FAULTS + 1);
-        assert_eq!(
-            found.faults[MAX_FAULTS].reason,
-            "900 more faults up to here"
-        );
+        assert_eq!(found.faults[MAX_FAULTS].reason, "900 more faults up to here");
     }
 
     #[test]

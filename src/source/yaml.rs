@@ -34,11 +34,7 @@ pub(super) fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Result<T, Error>
         Ok(value) => Ok(value),
         Err(Stop::Beyond) => read_with_aliases(text),
         Err(Stop::Syntax(error)) => Err(error),
-        Err(Stop::Said(reason)) => Err(Error {
-            line: reader.line,
-            column: reader.column,
-            reason,
-        }),
+        Err(Stop::Said(reason)) => Err(Error { line: reader.line, column: reader.column, reason }),
     }
 }
 
@@ -98,11 +94,7 @@ impl<'de> Reader<'de> {
             flow_nesting_limit: MAX_DEPTH,
             block_nesting_limit: MAX_DEPTH,
         };
-        Self {
-            parser: Parser::new_from_str_with_options(text, options),
-            line: 1,
-            column: 1,
-        }
+        Self { parser: Parser::new_from_str_with_options(text, options), line: 1, column: 1 }
     }
 
     fn document<T: Deserialize<'de>>(&mut self) -> Result<T, Stop> {
@@ -112,10 +104,7 @@ impl<'de> Reader<'de> {
                 root => break root,
             }
         };
-        let value = T::deserialize(Node {
-            event: root,
-            reader: self,
-        })?;
+        let value = T::deserialize(Node { event: root, reader: self })?;
         // The rest is read for its faults.
         loop {
             match self.next()? {
@@ -203,9 +192,7 @@ impl<'de> Deserializer<'de> for Node<'_, 'de> {
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Stop> {
         match &self.event {
-            Event::Scalar(text, ScalarStyle::Plain, _, None) if is_null(text) => {
-                visitor.visit_none()
-            }
+            Event::Scalar(text, ScalarStyle::Plain, _, None) if is_null(text) => visitor.visit_none(),
             _ => visitor.visit_some(self),
         }
     }
@@ -268,16 +255,11 @@ struct Mapping<'r, 'de>(&'r mut Reader<'de>);
 impl<'de> MapAccess<'de> for Mapping<'_, 'de> {
     type Error = Stop;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, Stop> {
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Stop> {
         loop {
             match self.0.next()? {
                 Event::MappingEnd => return Ok(None),
-                Event::Scalar(key, style, _, None)
-                    if style != ScalarStyle::Plain || key != "<<" =>
-                {
+                Event::Scalar(key, style, _, None) if style != ScalarStyle::Plain || key != "<<" => {
                     return seed.deserialize(CowStrDeserializer::new(key)).map(Some);
                 }
                 // A mapping or sequence for a key is none that is asked for.
@@ -292,10 +274,7 @@ impl<'de> MapAccess<'de> for Mapping<'_, 'de> {
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Stop> {
-        seed.deserialize(Node {
-            event: self.0.next()?,
-            reader: self.0,
-        })
+        seed.deserialize(Node { event: self.0.next()?, reader: self.0 })
     }
 }
 
@@ -304,18 +283,10 @@ struct Sequence<'r, 'de>(&'r mut Reader<'de>);
 impl<'de> SeqAccess<'de> for Sequence<'_, 'de> {
     type Error = Stop;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, Stop> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Stop> {
         match self.0.next()? {
             Event::SequenceEnd => Ok(None),
-            event => seed
-                .deserialize(Node {
-                    event,
-                    reader: self.0,
-                })
-                .map(Some),
+            event => seed.deserialize(Node { event, reader: self.0 }).map(Some),
         }
     }
 }
@@ -362,27 +333,15 @@ mod tests {
             "x: &x a\n*x : b\n",
         ] {
             assert!(matches!(asked(text), Err(Stop::Beyond)), "{text}");
-            assert_eq!(
-                read::<Asked>(text).unwrap().a.as_deref(),
-                Some("b"),
-                "{text}"
-            );
+            assert_eq!(read::<Asked>(text).unwrap().a.as_deref(), Some("b"), "{text}");
         }
     }
 
     #[test]
     fn both_ways_tell_the_place() {
-        for text in [
-            "x: 1\na: b\na: c\n",
-            "x: &x 1\na: *x\nb: }\n",
-            "x: 1\na: }\n",
-            "x: 1\na: *none\n",
-        ] {
+        for text in ["x: 1\na: b\na: c\n", "x: &x 1\na: *x\nb: }\n", "x: 1\na: }\n", "x: 1\na: *none\n"] {
             let error = read::<Asked>(text).unwrap_err();
-            assert!(
-                (2..=3).contains(&error.line) && error.column > 0,
-                "{text}: {error:?}"
-            );
+            assert!((2..=3).contains(&error.line) && error.column > 0, "{text}: {error:?}");
         }
     }
 }
