@@ -844,3 +844,12 @@ fn any_churn_of_good_files_ends_as_a_fresh_look_sees_it() {
         thread.join().unwrap();
     }
 }
+
+#[tokio::test]
+async fn the_bookinfo_example_has_one_account_for_each_service() {
+    let mut told = Told::of(&Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/bookinfo")).await;
+    let names = ["details", "productpage", "ratings", "reviews-v1", "reviews-v2", "reviews-v3"];
+    assert_eq!(told.accounts, names.map(|name| format!("bookinfo/{name}")).into());
+    assert_eq!((told.faults(), told.settled), (0, true));
+    told.expect_silence().await;
+}
