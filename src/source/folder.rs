@@ -20,6 +20,7 @@ use super::manifests::{Fault, accounts_in};
 use super::tally::Tally;
 use super::{Change, Source};
 use crate::core::spiffe::ServiceAccount;
+use crate::sys::clock;
 use crate::sys::tree::{self, Directory, Identity, Kind, Stamp};
 use crate::sys::watch::{self, Event, Watch, Watcher};
 
@@ -571,6 +572,8 @@ impl FolderSource {
             self.sweep.only_unwatched = self.dirs.iter().flatten().any(|dir| dir.is_unwatched());
         }
         let only_unwatched = self.sweep.only_unwatched;
+        // Not the time on the clock: a busy machine must not make the sweep still slower.
+        let before = clock::worked();
         let mut spent = Duration::ZERO;
         while self.sweep.dir < self.dirs.len() && spent < SLICE {
             let wanted =
@@ -579,7 +582,7 @@ impl FolderSource {
                 self.sweep.dir += 1;
                 self.sweep.entry = 0;
             }
-            spent = start.elapsed();
+            spent = clock::worked().saturating_sub(before);
         }
         let rest = start + spent * if only_unwatched { REST_UNWATCHED } else { REST_WATCHED };
         self.sweep.due = rest;
@@ -905,7 +908,13 @@ impl FolderSource {
                         self.unwatch(watch);
                         self.set_dir_trouble(to, &reason);
                     }
-                    Some(Node::Alias(_)) => {}
+                    // What it led to was read, and still is where it was found.
+                    Some(Node::Alias(_)) => {
+                        self.clear_node(id, name);
+                        let read = File { stamp: Stamp::UNSURE, names: Names::none(), trouble: None };
+                        self.set_node(id, name, true, Node::File(read));
+                        self.put_unreadable(id, name, true, None, &reason);
+                    }
                     // It may have led to a folder, or be about to.
                     _ if is_manifest(name) || Path::new(name).extension().is_none() => {
                         self.put_unreadable(id, name, true, None, &reason);

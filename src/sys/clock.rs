@@ -1,8 +1,35 @@
 //! The clock.
 
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
 use time::OffsetDateTime;
 
 /// The time now, in UTC.
 pub fn now() -> OffsetDateTime {
     OffsetDateTime::now_utc()
+}
+
+/// How long this thread has worked in all, waiting not counted.
+pub fn worked() -> Duration {
+    let spent = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(spent.tv_sec.unsigned_abs(), u32::try_from(spent.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_is_no_work() {
+        let before = worked();
+        std::thread::sleep(Duration::from_millis(100));
+        let waited = worked() - before;
+        assert!(waited < Duration::from_millis(50), "{waited:?}");
+        let mut sum = 0u64;
+        while worked() - before < Duration::from_millis(20) {
+            sum = std::hint::black_box(sum + 1);
+        }
+        assert!(sum > 0);
+    }
 }
