@@ -6,5 +6,7 @@
 mod envoy;
 mod fixtures;
 mod go_spiffe;
+mod mica;
 mod parts;
 mod serve;
+mod tool;
