@@ -7,6 +7,7 @@ mod envoy;
 mod fixtures;
 mod go_spiffe;
 mod mica;
+mod openssl;
 mod parts;
 mod serve;
 mod tool;
