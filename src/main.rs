@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Write as _};
 use std::panic::{PanicHookInfo, catch_unwind};
 use std::process::ExitCode;
 
-use clap::error::ErrorKind as ClapError;
+use clap::error::{ContextKind, ContextValue, ErrorKind as ClapError};
 use clap::{CommandFactory as _, Parser as _};
 
 use mica::app::serve;
@@ -86,10 +86,10 @@ fn error_line(text: &str) {
 
 /// Help and version are answers; everything else that clap says becomes one line.
 fn usage(refused: &clap::Error) -> ExitCode {
-    let rendered = refused.render();
+    let mut rendered = refused.render().to_string();
     match refused.kind() {
         ClapError::DisplayHelp | ClapError::DisplayVersion => {
-            return write(&rendered.to_string()).unwrap_or(ExitCode::SUCCESS);
+            return write(&rendered).unwrap_or(ExitCode::SUCCESS);
         }
         ClapError::MissingSubcommand | ClapError::DisplayHelpOnMissingArgumentOrSubcommand => {
             let command = command_typed();
@@ -98,10 +98,14 @@ fn usage(refused: &clap::Error) -> ExitCode {
         }
         _ => {}
     }
-    let text = rendered.to_string();
     let command = command_typed();
+    for kind in [ContextKind::InvalidValue, ContextKind::InvalidArg, ContextKind::InvalidSubcommand] {
+        if let Some(ContextValue::String(value)) = refused.get(kind) {
+            rendered = rendered.replace(value, &shortened(value));
+        }
+    }
     let mut said = Vec::new();
-    for line in text.lines().map(str::trim) {
+    for line in rendered.lines().map(str::trim) {
         if line.starts_with("Usage:") || line.starts_with("For more information") {
             break;
         }
@@ -121,6 +125,16 @@ fn usage(refused: &clap::Error) -> ExitCode {
         line.push_str(&part);
     }
     failed(&format!("{line}; see `{command} --help`"), BAD_INPUT)
+}
+
+/// What was typed, in a line of bounded length.
+fn shortened(value: &str) -> String {
+    const SHOWN: usize = 96;
+    let line = one_line(value);
+    match line.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
 }
 
 /// The command that was meant, as far as it was typed: `mica root new`. clap does not always say.

@@ -135,18 +135,29 @@ pub fn read_folder(folder: &Path, limit: u64) -> Result<BTreeMap<String, Zeroizi
 /// Writes files to a folder of its own, which is made (0700) if it is missing and has to be empty. The last file
 /// is begun when all others are on the disk, so that a set which a kill cut short lacks it or has it cut short.
 pub fn write_set(folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {
+    let was_there = is_folder(folder);
     let dir = Dir::open_trusted(folder, Some(0o700))?;
     if let Some(entry) = dir.names()?.first() {
         let found = entry.name.to_string_lossy().into_owned();
         return Err(Error::Occupied { path: folder.to_owned(), found });
     }
-    write_all(&dir, folder, files)
+    write_all(&dir, folder, files).inspect_err(|_| {
+        if !was_there {
+            // Fails if anything has come into it meanwhile, as it should.
+            let _ = std::fs::remove_dir(folder);
+        }
+    })
 }
 
 /// Writes files to a folder that may hold others, but none of these names.
 pub fn add_to(folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {
+    let was_there = is_folder(folder);
     let dir = Dir::open_trusted(folder, Some(0o700))?;
-    write_all(&dir, folder, files)
+    write_all(&dir, folder, files).inspect_err(|_| {
+        if !was_there {
+            let _ = std::fs::remove_dir(folder);
+        }
+    })
 }
 
 fn write_all(dir: &Dir, folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {

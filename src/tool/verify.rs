@@ -93,6 +93,15 @@ fn read_given(chain: &Path, roots: Option<&Path>, key: Option<&Path>) -> Result<
     let own_chain = take(["cert-chain.pem", "tls.crt"]);
     let own_roots = take(["root-cert.pem", "ca.crt"]);
     let own_key = take(["key.pem", "tls.key"]);
+    let (roots_name, roots) = match (roots, own_roots) {
+        (Some(path), _) => (path.display().to_string(), read(path)?),
+        (None, Some(own)) => own,
+        (None, None) => {
+            return Err(Error::Usage(
+                "there is nothing to verify against; give the trust bundle with --roots FILE".to_owned(),
+            ));
+        }
+    };
     let (chain_name, chain) = match (own_chain, files::is_folder(chain)) {
         (Some(own), _) => own,
         (None, true) => {
@@ -102,15 +111,6 @@ fn read_given(chain: &Path, roots: Option<&Path>, key: Option<&Path>) -> Result<
             )));
         }
         (None, false) => (name_of(chain), read(chain)?),
-    };
-    let (roots_name, roots) = match (roots, own_roots) {
-        (Some(path), _) => (path.display().to_string(), read(path)?),
-        (None, Some(own)) => own,
-        (None, None) => {
-            return Err(Error::Usage(
-                "there is nothing to verify against; give the trust bundle with --roots FILE".to_owned(),
-            ));
-        }
     };
     let key = match (key, own_key) {
         (Some(path), _) => Some((name_of(path), read(path)?)),

@@ -6,5 +6,8 @@
 mod envoy;
 mod fixtures;
 mod go_spiffe;
+mod mica;
+mod openssl;
 mod parts;
 mod serve;
+mod tool;
