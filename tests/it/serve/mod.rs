@@ -4,6 +4,7 @@ mod authority;
 mod delivery;
 mod kills;
 mod lifecycle;
+mod rotation;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
