@@ -38,9 +38,13 @@ fn main() {
     )
     .unwrap();
     let root = Certificate::from_der(root.der()).unwrap();
-    let issuer =
-        Issuer::new(Arc::new(signing), &[root.clone()], TrustBundle::new([root]).unwrap(), &trust_domain)
-            .unwrap();
+    let issuer = Issuer::new(
+        Arc::new(signing),
+        std::slice::from_ref(&root),
+        TrustBundle::new([root]).unwrap(),
+        &trust_domain,
+    )
+    .unwrap();
     let workload = keys::generate(KeyKind::P256).unwrap();
     let csr = rcgen::CertificateParams::default().serialize_request(&workload.signing().unwrap()).unwrap();
     let csr_pem = pem::encode(pem::CSR, csr.der());

@@ -1,4 +1,7 @@
 //! What the user types.
 
+// Doc comments here are help texts, where <data-dir> is a placeholder and no HTML.
+#![allow(rustdoc::invalid_html_tags)]
+
 pub mod cli;
 pub mod serve;

@@ -241,7 +241,7 @@ mod tests {
         let made = root(&signing, &profile, "10y".parse().unwrap(), NOW, serial()).unwrap();
         let root = Certificate::from_der(made.der()).unwrap();
         let bundle = TrustBundle::new([root.clone()]).unwrap();
-        let issuer = Issuer::new(Arc::new(signing), &[root.clone()], bundle, &domain()).unwrap();
+        let issuer = Issuer::new(Arc::new(signing), std::slice::from_ref(&root), bundle, &domain()).unwrap();
         let order = Order {
             profile: Profile::Intermediate { organization: &organization, trust_domain: &domain() },
             key: ca_key.public(),
@@ -274,8 +274,8 @@ mod tests {
         ]);
         for files in [istio(&pair), kubernetes] {
             let issuer = issuer(&files, None, &domain()).unwrap();
-            assert_eq!(issuer.chain(), &[pair.ca.clone()]);
-            assert_eq!(issuer.bundle().roots(), &[pair.root.clone()]);
+            assert_eq!(issuer.chain(), std::slice::from_ref(&pair.ca));
+            assert_eq!(issuer.bundle().roots(), std::slice::from_ref(&pair.root));
         }
     }
 

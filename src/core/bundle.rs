@@ -264,7 +264,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
             fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
                 let mut entries = BTreeMap::new();
                 while let Some((name, value)) = map.next_entry::<String, T>()? {
-                    if let Some(_) = entries.insert(name.clone(), value) {
+                    if entries.insert(name.clone(), value).is_some() {
                         return Err(de::Error::custom(format!("{name:?} is there twice")));
                     }
                 }

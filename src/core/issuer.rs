@@ -372,7 +372,8 @@ mod tests {
         let serial = keys::serial_number().unwrap();
         let root = root(&key, &profile, "10y".parse().unwrap(), NOW, serial).unwrap();
         let root = Certificate::from_der(root.der()).unwrap();
-        Issuer::new(Arc::new(key), &[root.clone()], TrustBundle::new([root]).unwrap(), &domain()).unwrap()
+        let bundle = TrustBundle::new([root.clone()]).unwrap();
+        Issuer::new(Arc::new(key), &[root], bundle, &domain()).unwrap()
     }
 
     #[test]
@@ -426,7 +427,7 @@ mod tests {
         let bundle = TrustBundle::clone(root.bundle());
         let with_root = [certificate.clone(), root.certificate().clone()];
         let issuer = Issuer::new(signing.clone(), &with_root, bundle.clone(), &domain()).unwrap();
-        assert_eq!(issuer.chain(), &[certificate.clone()]);
+        assert_eq!(issuer.chain(), std::slice::from_ref(&certificate));
         assert_eq!(issuer.window(), certificate.validity);
         let refused = issuer.issue(&order, NOW, keys::serial_number().unwrap());
         assert_eq!(refused.unwrap_err(), Error::PathLength);
@@ -440,7 +441,8 @@ mod tests {
         let (a, b) = (self_signed(KeyKind::P256), self_signed(KeyKind::P256));
         let refused = |certificates: &Issuer, bundle: &Issuer| {
             let bundle = TrustBundle::clone(bundle.bundle());
-            Issuer::new(a.key.clone(), &[certificates.certificate.clone()], bundle, &domain()).unwrap_err()
+            Issuer::new(a.key.clone(), std::slice::from_ref(&certificates.certificate), bundle, &domain())
+                .unwrap_err()
         };
         assert!(matches!(refused(&b, &a), Error::KeyMismatch(_)));
         assert!(matches!(refused(&a, &b), Error::Path(_)));

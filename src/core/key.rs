@@ -359,7 +359,7 @@ impl PrivateKey {
             (None, None) => return Err(Error::NoPublic),
         };
         let algorithm = ecdsa(kind)?;
-        EcdsaKeyPair::from_private_key_and_public_key(algorithm, key.scalar, point, &SystemRandom::new())
+        EcdsaKeyPair::from_private_key_and_public_key(algorithm, key.scalar, point, &nonces())
             .map_err(rejected)?;
         let public = PublicKey::from_fixed(kind, point)?;
         let spki_algorithm = if kind == KeyKind::P256 { P256_ALGORITHM } else { P384_ALGORITHM };
@@ -423,7 +423,7 @@ impl PrivateKey {
     pub fn signing(&self) -> Result<SigningKey, Error> {
         let pair = match self.public.kind {
             KeyKind::P256 | KeyKind::P384 => Pair::Ecdsa(
-                EcdsaKeyPair::from_pkcs8(ecdsa(self.public.kind)?, &self.pkcs8, &SystemRandom::new())
+                EcdsaKeyPair::from_pkcs8(ecdsa(self.public.kind)?, &self.pkcs8, &nonces())
                     .map_err(rejected)?,
             ),
             KeyKind::Ed25519 => {
@@ -471,13 +471,11 @@ impl IssuerKey for SigningKey {
     fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Error> {
         let failed = |_| Error::Sign("ring refused".to_owned());
         match &self.pair {
-            Pair::Ecdsa(pair) => {
-                Ok(pair.sign(&SystemRandom::new(), message).map_err(failed)?.as_ref().to_owned())
-            }
+            Pair::Ecdsa(pair) => Ok(pair.sign(&nonces(), message).map_err(failed)?.as_ref().to_owned()),
             Pair::Ed25519(pair) => Ok(pair.sign(message).as_ref().to_owned()),
             Pair::Rsa(pair) => {
                 let mut signature = vec![0; pair.public().modulus_len()];
-                pair.sign(&signature::RSA_PKCS1_SHA256, &SystemRandom::new(), message, &mut signature)
+                pair.sign(&signature::RSA_PKCS1_SHA256, &nonces(), message, &mut signature)
                     .map_err(failed)?;
                 Ok(signature)
             }
@@ -510,6 +508,12 @@ impl rcgen::SigningKey for SigningKey {
     fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
         IssuerKey::sign(self, message).map_err(|_| rcgen::Error::RemoteKeyError)
     }
+}
+
+/// ring draws the nonce of each signature itself and insists on being handed this.
+#[expect(clippy::disallowed_methods, reason = "no decision depends on it, and ring takes nothing else")]
+fn nonces() -> SystemRandom {
+    SystemRandom::new()
 }
 
 fn ecdsa(kind: KeyKind) -> Result<&'static signature::EcdsaSigningAlgorithm, Error> {

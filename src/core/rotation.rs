@@ -22,7 +22,7 @@ fn draw(serial: &[u8]) -> u64 {
 }
 
 fn scaled(span: Duration, fraction: u64) -> Duration {
-    let nanoseconds = span.as_nanos() * u128::from(fraction) >> 64;
+    let nanoseconds = (span.as_nanos() * u128::from(fraction)) >> 64;
     Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
 }
 

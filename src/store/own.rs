@@ -68,7 +68,7 @@ impl OwnStore {
         let root = Certificate::from_der(root.der()).map_err(issuer::Error::from)?;
         let bundle = TrustBundle::new([root.clone()])
             .map_err(|fault| Error::Bundle { path: self.data.path().join(ROOTS), fault })?;
-        let issuer = Issuer::new(Arc::new(signing), &[root.clone()], bundle, trust_domain)?;
+        let issuer = Issuer::new(Arc::new(signing), std::slice::from_ref(&root), bundle, trust_domain)?;
         let pem = root.to_pem();
         self.data.replace_dir(FOLDER, Access::mode(0o700), |folder| {
             for (name, text) in [(CA_CERT, pem.as_str()), (CERT_CHAIN, &pem), (ROOTS, &pem)] {

@@ -1,7 +1,7 @@
 //! Everything that needs more than one room, the built program, or a foreign one. One binary, so it links once.
 
 // A test asks the machine directly; what must not is src/.
-#![allow(clippy::disallowed_methods)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 mod envoy;
 mod fixtures;

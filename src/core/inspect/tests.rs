@@ -35,7 +35,8 @@ fn world() -> World {
     let made = root(&signing, &profile, "10y".parse().unwrap(), NOW, serial()).unwrap();
     let root = Certificate::from_der(made.der()).unwrap();
     let bundle = TrustBundle::new([root.clone()]).unwrap();
-    let top = Issuer::new(Arc::new(signing), &[root.clone()], bundle.clone(), &trust_domain).unwrap();
+    let top =
+        Issuer::new(Arc::new(signing), std::slice::from_ref(&root), bundle.clone(), &trust_domain).unwrap();
     let order = Order {
         profile: Profile::Intermediate { organization: &organization, trust_domain: &trust_domain },
         key: ca_key.public(),
@@ -43,7 +44,7 @@ fn world() -> World {
     };
     let ca = Certificate::from_der(top.issue(&order, NOW, serial()).unwrap().der()).unwrap();
     let signing = Arc::new(ca_key.signing().unwrap());
-    let issuer = Issuer::new(signing, &[ca.clone()], bundle, &trust_domain).unwrap();
+    let issuer = Issuer::new(signing, std::slice::from_ref(&ca), bundle, &trust_domain).unwrap();
     let id = ServiceAccount::new("a", "b").unwrap().spiffe_id(&trust_domain);
     let order = Order {
         profile: Profile::Workload { id: &id, dns: &[] },
@@ -176,6 +177,7 @@ fn the_order_and_completeness_of_a_chain_are_judged() {
     assert!(found.contains("the root is another's"), "{found}");
 }
 
+#[expect(clippy::disallowed_methods, reason = "a foreign key, made by a foreign crate")]
 fn foreign(change: impl FnOnce(&mut CertificateParams)) -> Certificate {
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
     let mut params = CertificateParams::default();
