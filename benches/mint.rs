@@ -41,7 +41,7 @@ fn main() {
     let issuer = Issuer::new(
         Arc::new(signing),
         std::slice::from_ref(&root),
-        TrustBundle::new([root]).unwrap(),
+        TrustBundle::new([root.clone()]).unwrap(),
         &trust_domain,
     )
     .unwrap();

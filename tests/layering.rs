@@ -3,6 +3,9 @@
 //!
 //! Needs nothing but the standard library, so that it also runs alone in a second: `tests/run layering`.
 
+// It reads the sources, and is not one of them.
+#![allow(clippy::disallowed_methods)]
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
