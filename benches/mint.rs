@@ -1,6 +1,8 @@
 //! What a certificate costs beside its floor, the signature: CPU time of one thread, in turns within one run, so that a
 //! noisy machine disturbs both alike. `cargo bench --bench mint`.
 
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
