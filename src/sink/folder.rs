@@ -902,27 +902,26 @@ fn root_access(shape: &Shape) -> Access {
 /// A name whose folder is not there, because it was removed or never made, is not ours any more: the next one to make
 /// that folder may be somebody else.
 fn forget_absent(root: &Dir, recorded: &mut Recorded) -> Result<(), Error> {
-    let mut namespaces: HashMap<String, Option<Dir>> = HashMap::new();
+    let mut accounts: Vec<_> = recorded.accounts.keys().collect();
+    // One namespace after the other, so that one is open at a time.
+    accounts.sort_unstable();
     let mut gone = Vec::new();
-    for account in recorded.accounts.keys() {
-        let name = account.namespace();
-        if !namespaces.contains_key(name) {
-            let namespace = match root.subdir(name) {
-                Ok(namespace) => Some(namespace),
-                Err(error) if error.is_absent() => None,
-                // Nothing can be said of what is in it.
-                Err(dir::Error::NotFolder { .. }) => continue,
-                Err(error) if error.is_denied() => continue,
-                Err(error) => return Err(error.into()),
-            };
-            namespaces.insert(name.to_owned(), namespace);
-        }
-        let is_there = match &namespaces[name] {
-            Some(namespace) => namespace.find(&folder_name(account))?.is_some(),
-            None => false,
+    for accounts in accounts.chunk_by(|one, other| one.namespace() == other.namespace()) {
+        let namespace = match root.subdir(accounts[0].namespace()) {
+            Ok(namespace) => namespace,
+            Err(error) if error.is_absent() => {
+                gone.extend(accounts.iter().copied().cloned());
+                continue;
+            }
+            // Nothing can be said of what is in it.
+            Err(dir::Error::NotFolder { .. }) => continue,
+            Err(error) if error.is_denied() => continue,
+            Err(error) => return Err(error.into()),
         };
-        if !is_there {
-            gone.push(account.clone());
+        for account in accounts {
+            if namespace.find(&folder_name(account))?.is_none() {
+                gone.push((*account).clone());
+            }
         }
     }
     for account in gone {
