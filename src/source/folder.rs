@@ -73,6 +73,8 @@ pub struct FolderSource {
     excluded: Vec<PathBuf>,
     excluded_now: Vec<(Identity, PathBuf)>,
     watcher: Option<Watcher<u32>>,
+    /// Open directories have paths of their own.
+    handles: bool,
     limit_told: bool,
     #[cfg(test)]
     watches_left: usize,
@@ -258,6 +260,7 @@ impl FolderSource {
             root: absolute(root)?,
             excluded: excluded.iter().map(|path| absolute(path)).collect::<Result<_, _>>()?,
             excluded_now: Vec::new(),
+            handles: tree::look(&handle.handle()).is_ok(),
             limit_told: watcher.is_none(),
             watcher,
             #[cfg(test)]
@@ -1396,8 +1399,7 @@ impl FolderSource {
             return;
         }
         // By the handle, which cannot be swapped; by the path where there is no /proc.
-        let by_handle = handle.handle();
-        let path = if tree::look(&by_handle).is_ok() { by_handle } else { self.path(id) };
+        let path = if self.handles { handle.handle() } else { self.path(id) };
         let watch = self.watch(&path, id, true);
         if let Some(dir) = self.dir_mut(id) {
             dir.watch = watch;

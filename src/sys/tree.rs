@@ -9,12 +9,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, SeekFrom, Stat};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 /// How many links one path may lead through, as in the kernel.
 const MAX_LINKS: usize = 40;
+
+/// Room for some hundred entries at a time.
+const LISTING: usize = 16 * 1024;
 
 /// What a name leads to, told from everything else that exists at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,7 +106,11 @@ impl Directory {
     /// The entries that are wanted.
     pub fn entries(&self, wanted: impl Fn(&OsStr, Kind) -> bool) -> io::Result<Vec<(Box<OsStr>, Kind)>> {
         let mut entries = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.descriptor)? {
+        // Rewound, for it may have been listed before.
+        rustix::fs::seek(&self.descriptor, SeekFrom::Start(0))?;
+        let mut buffer = Vec::with_capacity(LISTING);
+        let mut listing = RawDir::new(&self.descriptor, buffer.spare_capacity_mut());
+        while let Some(entry) = listing.next() {
             let entry = entry?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if matches!(name.as_bytes(), b"." | b"..") {
@@ -323,12 +330,17 @@ mod tests {
     }
 
     #[test]
-    fn a_fresh_file_has_no_sure_stamp() {
+    fn a_stamp_is_sure_once_the_file_has_been_left_alone() {
         let root = tempfile::tempdir().unwrap();
-        fs::write(root.path().join("file"), "").unwrap();
-        let first = look(&root.path().join("file")).unwrap();
-        assert_ne!(first.stamp, first.stamp);
-        let old = look(Path::new("/proc/self/exe")).unwrap();
-        assert_eq!(old.stamp, look(Path::new("/proc/self/exe")).unwrap().stamp);
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        let stamp = || look(&file).unwrap().stamp;
+        assert_ne!(stamp(), stamp());
+        std::thread::sleep(std::time::Duration::from_millis(3_100));
+        let old = stamp();
+        assert_eq!(old, stamp());
+        fs::write(&file, "").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(3_100));
+        assert_ne!(old, stamp());
     }
 }
