@@ -528,7 +528,8 @@ impl World {
         let ca = Certificate::from_der(ca.der()).expect("a certificate");
         let signing = Arc::new(ca_key.signing().expect("a key"));
         let bundle = TrustBundle::clone(top.bundle());
-        let issuer = Issuer::new(signing, &[ca.clone()], bundle, &trust_domain).expect("an issuer");
+        let issuer =
+            Issuer::new(signing, std::slice::from_ref(&ca), bundle, &trust_domain).expect("an issuer");
         let id = account().spiffe_id(&trust_domain);
         let order = Order {
             profile: Profile::Workload { id: &id, dns: &[] },
@@ -549,7 +550,8 @@ impl World {
         let root = issuer::root(&key, &profile, lifetime, now, serial()).expect("a root");
         let root = Certificate::from_der(root.der()).expect("a certificate");
         let bundle = TrustBundle::new([root.clone()]).expect("a bundle");
-        let issuer = Issuer::new(Arc::new(key), &[root.clone()], bundle, &trust_domain).expect("an issuer");
+        let issuer = Issuer::new(Arc::new(key), std::slice::from_ref(&root), bundle, &trust_domain)
+            .expect("an issuer");
         (root, issuer)
     }
 }
