@@ -136,7 +136,7 @@ pub struct RootNew {
     /// The kind of its key
     #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
     pub key_kind: MadeKind,
-    /// How long it is valid
+    /// How long it is valid (s, m, h, d or y)
     #[arg(long, value_name = "DURATION", default_value = "10y", value_parser = lifetime)]
     pub lifetime: Lifetime,
     /// The O of its subject, at most 64 characters [default: the trust domain]
@@ -178,7 +178,7 @@ pub struct IntermediateNew {
     /// The kind of its key
     #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
     pub key_kind: MadeKind,
-    /// How long it is valid; shortened where the root ends earlier
+    /// How long it is valid (s, m, h, d or y); shortened where the root ends earlier
     #[arg(long, value_name = "DURATION", default_value = "1y", value_parser = lifetime, conflicts_with = "csr_only")]
     pub lifetime: Lifetime,
     /// The O of its subject, at most 64 characters [default: the trust domain]
@@ -236,7 +236,7 @@ pub struct Sign {
     /// The SPIFFE ID that the certificate gets, whatever the CSR asks for
     #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
     pub identity: SpiffeId,
-    /// How long it is valid; shortened where the CA ends earlier
+    /// How long it is valid (s, m, h, d or y); shortened where the CA ends earlier
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
     pub ttl: Lifetime,
     /// A DNS name that the certificate gets; may be repeated
@@ -351,7 +351,7 @@ pub struct BundleWrite {
     /// spiffe_sequence, which has to grow with every change; for --form spiffe [default: as read]
     #[arg(long, value_name = "NUMBER")]
     pub sequence: Option<u64>,
-    /// spiffe_refresh_hint: how often consumers should look again; for --form spiffe [default: as read]
+    /// spiffe_refresh_hint: how often consumers should look again (s, m, h, d or y); for --form spiffe [default: as read]
     #[arg(long, value_name = "DURATION", value_parser = lifetime)]
     pub refresh_hint: Option<Lifetime>,
 }

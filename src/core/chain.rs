@@ -71,6 +71,26 @@ pub enum Fault {
         /// The time asked for.
         at: OffsetDateTime,
     },
+    /// A certificate above the leaf breaks a rule of X509-SVID.
+    #[error("certificate {serial} above the leaf: {fault}")]
+    Above {
+        /// Which.
+        serial: String,
+        /// The rule.
+        fault: certificate::Fault,
+    },
+    /// RFC 5280 4.2.1.9, of a root: webpki looks at those of intermediates only.
+    #[error(
+        "the root {serial} allows {allowed} certificates between itself and a leaf, and there are {found} [RFC 5280 4.2.1.9]"
+    )]
+    PathLength {
+        /// Which root.
+        serial: String,
+        /// Its pathLenConstraint.
+        allowed: u32,
+        /// How many there are.
+        found: usize,
+    },
     /// No path that holds.
     #[error("no path leads from the leaf to a root of the trust bundle: {0}")]
     Path(String),
@@ -86,6 +106,23 @@ pub struct Path<'a> {
 }
 
 impl Path<'_> {
+    /// What other verifiers refuse, and webpki does not look at: the key usage of CAs (RFC 5280 6.1.4 n) and the path
+    /// length of the root.
+    fn fault(&self) -> Option<Fault> {
+        for certificate in &self.intermediates {
+            if let Some(fault) = certificate.signing_faults().into_iter().next() {
+                return Some(Fault::Above { serial: certificate.serial_text(), fault });
+            }
+        }
+        let found = self.intermediates.iter().filter(|c| !c.is_self_issued()).count();
+        match self.root.path_length {
+            Some(allowed) if found as u64 > u64::from(allowed) => {
+                Some(Fault::PathLength { serial: self.root.serial_text(), allowed, found })
+            }
+            _ => None,
+        }
+    }
+
     /// When all of it above the leaf is valid.
     pub fn window(&self) -> Validity {
         self.intermediates
@@ -151,6 +188,10 @@ pub fn path<'a>(
                     .filter_map(|c| above.iter().find(|a| a.der() == c.der().as_ref()))
                     .collect();
                 let found = Path { intermediates, root };
+                if let Some(fault) = found.fault() {
+                    last = Some(fault);
+                    continue;
+                }
                 if best.as_ref().is_none_or(|best| best.window().not_after < found.window().not_after) {
                     best = Some(found);
                 }

@@ -69,6 +69,14 @@ pub enum Error {
         shown(*.0)
     )]
     NotYetValid(OffsetDateTime),
+    /// X509-SVID 3.2: a CA signs for its own trust domain.
+    #[error("an identity of the trust domain {found} was ordered from a CA of {own}")]
+    Foreign {
+        /// Whose was ordered.
+        found: TrustDomain,
+        /// Whose CA it is.
+        own: TrustDomain,
+    },
     /// RFC 5280 4.2.1.9.
     #[error("the CA's path length is 0, so it cannot sign an intermediate")]
     PathLength,
@@ -89,6 +97,7 @@ impl Error {
         match self {
             Self::Expired(_) => "issuer_expired",
             Self::NotYetValid(_) => "issuer_not_yet_valid",
+            Self::Foreign { .. } => "foreign_trust_domain",
             Self::Check(_) | Self::Read(_) => "check_failed",
             Self::Key(_) => "signing_failed",
             _ => "issuer_unusable",
@@ -140,6 +149,7 @@ pub struct Issuer {
     chain: Vec<Certificate>,
     chain_pem: Arc<str>,
     bundle: Arc<TrustBundle>,
+    trust_domain: TrustDomain,
     /// When everything from the CA's certificate up to the root is valid.
     window: Validity,
 }
@@ -181,6 +191,7 @@ impl Issuer {
             window: certificate.validity,
             certificate: certificate.clone(),
             bundle: Arc::new(bundle),
+            trust_domain: trust_domain.clone(),
         };
         issuer.prove(certificates, trust_domain)?;
         Ok(issuer)
@@ -239,6 +250,14 @@ impl Issuer {
         serial: SerialNumber,
     ) -> Result<Issued, Error> {
         self.usable(now)?;
+        let found = match &order.profile {
+            Profile::Root { trust_domain, .. } | Profile::Intermediate { trust_domain, .. } => trust_domain,
+            Profile::Workload { id, .. } => id.trust_domain(),
+            Profile::Serving { .. } => &self.trust_domain,
+        };
+        if *found != self.trust_domain {
+            return Err(Error::Foreign { found: found.clone(), own: self.trust_domain.clone() });
+        }
         if order.profile.is_ca() && self.certificate.path_length == Some(0) {
             return Err(Error::PathLength);
         }
@@ -392,6 +411,23 @@ mod tests {
                 let leaf = Certificate::from_der(issued.der()).unwrap();
                 assert_eq!(chain::verify(&[leaf], issuer.bundle(), Some(&id), NOW), Ok(id));
             }
+        }
+    }
+
+    #[test]
+    fn nobody_of_another_trust_domain_is_named() {
+        let issuer = self_signed(KeyKind::P256);
+        let key = keys::generate(KeyKind::P256).unwrap();
+        let other = TrustDomain::parse("example.org").unwrap();
+        let id = ServiceAccount::new("a", "b").unwrap().spiffe_id(&other);
+        let organization = "example".parse().unwrap();
+        for profile in [
+            Profile::Workload { id: &id, dns: &[] },
+            Profile::Intermediate { organization: &organization, trust_domain: &other },
+        ] {
+            let order = Order { profile, key: key.public(), lifetime: "24h".parse().unwrap() };
+            let refused = issuer.issue(&order, NOW, keys::serial_number().unwrap()).unwrap_err();
+            assert_eq!(refused.reason(), "foreign_trust_domain");
         }
     }
 

@@ -1274,7 +1274,7 @@ mod tests {
                 break;
             }
             let error = text(result.unwrap_err());
-            assert!(error.contains("No space left"), "{error}");
+            assert!(error.contains("no space left"), "{error}");
             let found = std::fs::read_to_string(folder.path().join("state")).unwrap();
             assert!(found == "old" || found == "new");
             assert_eq!(dir.names().unwrap().len(), 1, "after {count} changes");

@@ -184,6 +184,9 @@ fn advice(fault: &Fault) -> &'static str {
         Fault::Expired { .. } => {
             "have it renewed; if that should have happened by itself, look why it did not"
         }
+        Fault::Above { .. } | Fault::PathLength { .. } => {
+            "have the CA between it and the root issued anew, as `mica intermediate new` does"
+        }
         Fault::Path(_) => {
             "give the trust bundle of the CA that issued it, and a chain with every intermediate below the root"
         }

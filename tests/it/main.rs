@@ -3,6 +3,8 @@
 // A test asks the machine directly; what must not is src/.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
+mod cli;
+mod conformance;
 mod envoy;
 mod fixtures;
 mod go_spiffe;

@@ -632,3 +632,20 @@ fn a_huge_file_is_refused_without_being_read() {
         assert!(done.code == 2 && done.one_line().contains("huge is longer than"), "{done:?}");
     }
 }
+
+#[test]
+fn go_spiffe_accepts_what_the_tools_make() {
+    let place = Place::with_ca();
+    place.write("web/root-cert.pem", place.read("ca/root-cert.pem"));
+    crate::go_spiffe::accepts(&place.path("web"), ID);
+    place.ok(&["root", "new", "--out", "other", "--key-kind", "p384"]);
+    place.ok(&["bundle", "merge", "ca/root-cert.pem", "other/root-cert.pem", "--out", "both.pem"]);
+    let pem = crate::go_spiffe::bundle(&place.path("both.pem"), "cluster.local", &["--pem"]);
+    assert!(pem.contains("x509_authorities=2"), "{pem}");
+    let convert = ["bundle", "convert", "both.pem", "--form", "spiffe", "--out", "both.json"];
+    place.ok(&[&convert[..], &["--sequence", "3", "--refresh-hint", "5m"]].concat());
+    let json = crate::go_spiffe::bundle(&place.path("both.json"), "cluster.local", &[]);
+    for part in ["x509_authorities=2", "sequence=3", "refresh_hint=300"] {
+        assert!(json.contains(part), "{json}");
+    }
+}

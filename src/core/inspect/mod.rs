@@ -249,7 +249,12 @@ impl fmt::Display for Inspection {
         for note in &self.notes {
             writeln!(f, "note: {}", one_line(note))?;
         }
-        Ok(())
+        let wrong = self.problems.len() + self.items.iter().map(|item| item.problems.len()).sum::<usize>();
+        match wrong {
+            0 => writeln!(f, "\nnothing is wrong with it"),
+            1 => writeln!(f, "\n1 thing is wrong with it"),
+            n => writeln!(f, "\n{n} things are wrong with it"),
+        }
     }
 }
 

@@ -236,8 +236,11 @@ impl Reading {
     }
 
     fn yaml(&mut self, text: &str) -> Result<(), String> {
-        let documents: Vec<Value> = serde_saphyr::from_multiple(text)
-            .map_err(|_| "it looks like YAML, and cannot be read as such".to_owned())?;
+        // The reader's own words may repeat values, which may be keys.
+        let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|fault| {
+            let line = fault.location().map(|at| format!(" at line {}", at.line())).unwrap_or_default();
+            format!("it looks like YAML, and cannot be read as such{line}")
+        })?;
         documents
             .iter()
             .filter(|document| !document.is_null())

@@ -776,7 +776,7 @@ fn a_full_disk_keeps_the_old_set_and_leaves_no_half_of_a_new_one() {
                 break;
             }
             if let Err(error) = result {
-                assert!(error.to_string().contains("No space left"), "{error}");
+                assert!(error.to_string().contains("no space left"), "{error}");
             }
             if let (Some(old), Found::Set(found)) = (&old, found(&sink, &web())) {
                 assert!(found.set == *old || found.set == set(2));
@@ -817,7 +817,7 @@ fn a_really_full_disk_is_told_and_survived() {
                 result.err()
             })
             .expect("the disk was to be full by now");
-        assert!(error.to_string().contains("No space left"), "{error}");
+        assert!(error.to_string().contains("no space left"), "{error}");
         let failed = whole.pop().unwrap();
         assert!(whole.len() > 2);
         assert_eq!(found(&sink, &failed), Found::Absent);
