@@ -1,11 +1,12 @@
-//! What a certificate costs beside its floor, the signature: CPU time of one thread, in turns within one run, so that a
+//! What a certificate costs beside its floor, the signature: CPU time, in turns within one run, so that a
 //! noisy machine disturbs both alike. `cargo bench --bench mint`.
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
+mod floor;
+
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
 
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
@@ -102,8 +103,8 @@ fn report(what: &str, bound: f64, floor: &mut dyn FnMut(), subject: &mut dyn FnM
     let mut ratios = Vec::new();
     let mut floors = Vec::new();
     for _ in 0..ROUNDS {
-        let floor = cpu(floor);
-        let subject = cpu(subject);
+        let floor = floor::cpu(|| (0..EACH).for_each(|_| floor()));
+        let subject = floor::cpu(|| (0..EACH).for_each(|_| subject()));
         floors.push(floor.as_secs_f64() * 1e6 / f64::from(EACH));
         ratios.push(subject.as_secs_f64() / floor.as_secs_f64());
     }
@@ -116,16 +117,4 @@ fn report(what: &str, bound: f64, floor: &mut dyn FnMut(), subject: &mut dyn FnM
         ratios[ROUNDS - 1],
         floors[ROUNDS / 2],
     );
-}
-
-fn cpu(work: &mut dyn FnMut()) -> Duration {
-    let now = || {
-        let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-        Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
-    };
-    let start = now();
-    for _ in 0..EACH {
-        work();
-    }
-    now() - start
 }

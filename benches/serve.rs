@@ -1,5 +1,6 @@
 //! What the running program costs: a cold start beside its floor, memory, idling, one changed file, and the way to the
-//! first identity. CPU time as the kernel accounts it to the process. `cargo bench --bench serve`, about three minutes.
+//! first identity. CPU time as the kernel accounts it to the process. `cargo bench --bench serve`; with
+//! `TMPDIR=/dev/shm` without the disk's part, which on a busy machine drowns everything else.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 mod floor;
