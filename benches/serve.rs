@@ -35,10 +35,9 @@ fn cold_start() {
     let mut ratios = Vec::new();
     for _ in 0..3 {
         let place = Place::new(ACCOUNTS);
-        let before = floor::children();
         let mica = place.start();
+        let spent = floor::of_process(mica.id());
         stop(mica);
-        let spent = floor::children() - before;
         let sets = delivered(&place.secrets());
         let written = tempfile::tempdir().unwrap();
         let writing =

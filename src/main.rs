@@ -32,7 +32,7 @@ fn run() -> ExitCode {
     };
     let output = cli.output;
     match cli.command {
-        Command::Serve(arguments) => match serve::run(*arguments) {
+        Command::Serve(arguments) => match serve::run(*arguments, output) {
             Ok(()) => ExitCode::SUCCESS,
             Err(fault @ serve::Error::Usage(_)) => failed(&fault.to_string(), BAD_INPUT),
             Err(fault @ serve::Error::Fault(_)) => failed(&fault.to_string(), OUR_FAULT),

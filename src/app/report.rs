@@ -4,11 +4,13 @@ use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::serve::Addresses;
 use crate::authority::Authority;
+use crate::config::cli::Output;
 use crate::config::serve::Args;
 use crate::reconcile::{Progress, Report};
 use crate::store::ROOTS;
@@ -42,78 +44,129 @@ pub(super) fn progress() -> Progress {
 /// What there is, for whom, until when, where, and what to open next.
 pub(super) fn print(
     args: &Args,
+    output: Output,
     secrets: &Path,
     authority: &Authority,
     addresses: &Addresses,
     report: &Report,
 ) {
+    let domain = authority.trust_domain();
+    let issuer = authority.issuer();
+    let root_until = issuer.bundle().roots().iter().map(|root| root.validity.not_after).max();
+    let shown = Shown {
+        trust_domain: domain.to_string(),
+        source: plain(&args.source),
+        identities: report
+            .shown
+            .iter()
+            .map(|(account, until)| Identity {
+                id: account.spiffe_id(domain).to_string(),
+                not_after: *until,
+                folder: plain(&secrets.join(account.namespace()).join(format!("istio.{}", account.name()))),
+            })
+            .collect(),
+        good: report.good,
+        issued: report.issued,
+        foreign: report.foreign,
+        failed: report.failed,
+        removed: report.removed,
+        secrets: plain(secrets),
+        roots: plain(&args.data_dir.join(ROOTS)),
+        roots_not_after: root_until,
+        http: addresses.http.to_string(),
+        grpc: addresses.grpc.to_string(),
+    };
+    let text = match output {
+        Output::Text => shown.text(args),
+        Output::Json => serde_json::to_string(&shown).unwrap_or_default() + "\n",
+    };
     // Nobody reads it when standard output is closed.
-    let _ = std::io::stdout().write_all(text(args, secrets, authority, addresses, report).as_bytes());
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-fn text(
-    args: &Args,
-    secrets: &Path,
-    authority: &Authority,
-    addresses: &Addresses,
-    report: &Report,
-) -> String {
-    let domain = authority.trust_domain();
-    let source = args.source.display();
-    let version = env!("CARGO_PKG_VERSION");
-    let mut lines = vec![format!("mica {version} serves the trust domain {domain}"), String::new()];
-    lines.push(match (report.good, report.issued) {
-        (0, _) => format!("No identities: no service account was found below {source}."),
-        (good, issued) => format!(
-            "{good} {} for the accounts below {source}; {} issued now, for {}:",
-            if good == 1 { "identity" } else { "identities" },
-            if issued == good { "all".to_owned() } else { issued.to_string() },
-            args.ttl
-        ),
-    });
-    let rows: Vec<_> = report
-        .shown
-        .iter()
-        .map(|(account, until)| {
-            let folder = secrets.join(account.namespace()).join(format!("istio.{}", account.name()));
-            (account.spiffe_id(domain).to_string(), moment(*until), folder.display().to_string())
-        })
-        .collect();
-    let width = rows.iter().map(|(id, _, _)| id.len()).max().unwrap_or_default();
-    for (id, until, folder) in &rows {
-        lines.push(format!("  {id:width$}  until {until}  {folder}"));
-    }
-    if report.good > rows.len() {
-        lines.push(format!("  and {} more below {}", report.good - rows.len(), secrets.display()));
-    }
-    for (count, what) in [
-        (report.foreign, "not delivered: their place is taken by something mica did not write; see the log"),
-        (report.failed, "not served yet, and tried again; see the log"),
-        (report.removed, "removed, because their accounts are gone"),
-    ] {
-        if count > 0 {
-            lines.push(format!("{count} {what}"));
+#[derive(Serialize)]
+struct Shown {
+    trust_domain: String,
+    source: String,
+    identities: Vec<Identity>,
+    good: usize,
+    issued: usize,
+    foreign: usize,
+    failed: usize,
+    removed: usize,
+    secrets: String,
+    roots: String,
+    #[serde(with = "time::serde::rfc3339::option")]
+    roots_not_after: Option<OffsetDateTime>,
+    http: String,
+    grpc: String,
+}
+
+#[derive(Serialize)]
+struct Identity {
+    id: String,
+    #[serde(with = "time::serde::rfc3339")]
+    not_after: OffsetDateTime,
+    folder: String,
+}
+
+impl Shown {
+    fn text(&self, args: &Args) -> String {
+        let Self { trust_domain, source, identities, good, issued, secrets, roots, .. } = self;
+        let version = env!("CARGO_PKG_VERSION");
+        let mut lines = vec![format!("mica {version} serves the trust domain {trust_domain}"), String::new()];
+        lines.push(match good {
+            0 => format!("No identity yet for the service accounts below {source}."),
+            _ => format!(
+                "{good} {} for the accounts below {source}; {} issued now, for {}:",
+                if *good == 1 { "identity" } else { "identities" },
+                if issued == good { "all".to_owned() } else { issued.to_string() },
+                args.ttl
+            ),
+        });
+        let width = identities.iter().map(|identity| identity.id.len()).max().unwrap_or_default();
+        for Identity { id, not_after, folder } in identities {
+            lines.push(format!("  {id:width$}  until {}  {folder}", moment(*not_after)));
         }
-    }
-    let roots = args.data_dir.join(ROOTS);
-    let issuer = authority.issuer();
-    let until = issuer.bundle().roots().iter().map(|root| root.validity.not_after).max();
-    lines.push(String::new());
-    lines.push(format!("Roots   {}, until {}", roots.display(), until.map(moment).unwrap_or_default()));
-    lines.push(format!("Health  http://{0}/readyz, metrics http://{0}/metrics", addresses.http));
-    lines.push(format!("gRPC    {} (TLS)", addresses.grpc));
-    if let Some((_, _, folder)) = rows.first() {
-        let program = std::env::args().next().unwrap_or_else(|| "mica".to_owned());
+        if *good > identities.len() {
+            lines.push(format!("  and {} more below {secrets}", good - identities.len()));
+        }
+        for (count, what) in [
+            (
+                self.foreign,
+                "not delivered: their place is taken by something mica did not write; see the log",
+            ),
+            (self.failed, "not served yet, and tried again; see the log"),
+            (self.removed, "removed, because their accounts are gone"),
+        ] {
+            if count > 0 {
+                lines.push(format!("{count} {what}"));
+            }
+        }
         lines.push(String::new());
-        lines.push("In a second terminal:".to_owned());
-        lines.push(format!("  {program} inspect {folder}"));
-        lines.push(format!("  {program} verify {folder} --roots {}", roots.display()));
-        lines.push(format!("  openssl verify -CAfile {} {folder}/cert-chain.pem", roots.display()));
+        let until = self.roots_not_after.map(moment).unwrap_or_default();
+        lines.push(format!("Roots   {roots}, until {until}"));
+        lines.push(format!("Health  http://{0}/readyz, metrics http://{0}/metrics", self.http));
+        lines.push(format!("gRPC    {} (TLS)", self.grpc));
+        if let Some(Identity { folder, .. }) = identities.first() {
+            let program = std::env::args().next().unwrap_or_else(|| "mica".to_owned());
+            lines.push(String::new());
+            lines.push("In a second terminal:".to_owned());
+            lines.push(format!("  {program} inspect {folder}"));
+            lines.push(format!("  {program} verify {folder} --roots {roots}"));
+            lines.push(format!("  openssl verify -CAfile {roots} -untrusted {folder}/cert-chain.pem \\"));
+            lines.push(format!("    {folder}/cert-chain.pem"));
+        }
+        lines.push(String::new());
+        lines.push(format!("Following {source}; Ctrl-C stops."));
+        lines.push(String::new());
+        lines.join("\n")
     }
-    lines.push(String::new());
-    lines.push(format!("Following {source}; Ctrl-C stops."));
-    lines.push(String::new());
-    lines.join("\n")
+}
+
+/// Without the dot that the default has in front.
+fn plain(path: &Path) -> String {
+    path.strip_prefix("./").unwrap_or(path).display().to_string()
 }
 
 /// A time as people read it.

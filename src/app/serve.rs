@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use super::report;
 use crate::admin;
 use crate::authority::Authority;
+use crate::config::cli::Output;
 use crate::config::serve::{Args, ServingName};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::{self, Event, Reconciler};
@@ -58,7 +59,7 @@ const GRACE: Duration = Duration::from_secs(10);
 const EVENTS: usize = 64;
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(args: Args) -> Result<(), Error> {
+pub fn run(args: Args, output: Output) -> Result<(), Error> {
     if args.ttl < SHORTEST || args.ttl > args.max_ttl {
         let (ttl, longest) = (args.ttl, args.max_ttl);
         return Err(usage(format_args!("--ttl {ttl} is not between {SHORTEST} and --max-ttl {longest}")));
@@ -70,12 +71,12 @@ pub fn run(args: Args) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(|e| Error::Fault(format!("cannot start the runtime: {e}")))?;
-    let ended = runtime.block_on(start(args));
+    let ended = runtime.block_on(start(args, output));
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
 
-async fn start(args: Args) -> Result<(), Error> {
+async fn start(args: Args, output: Output) -> Result<(), Error> {
     // First of all, so that a signal never finds the default, which is to die on the spot.
     let signals = Signals {
         terminate: signal(SignalKind::terminate()).map_err(fault)?,
@@ -97,18 +98,19 @@ async fn start(args: Args) -> Result<(), Error> {
     match &args.authority {
         None => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
-            run_with(args, data, secrets, source, store, signals).await
+            run_with(args, output, data, secrets, source, store, signals).await
         }
         Some(folder) => {
             let passphrase = args.passphrase_file.as_deref().map(passphrase).transpose()?;
             let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
-            run_with(args, data, secrets, source, store, signals).await
+            run_with(args, output, data, secrets, source, store, signals).await
         }
     }
 }
 
 async fn run_with(
     args: Args,
+    output: Output,
     data: Dir,
     secrets: PathBuf,
     mut source: FolderSource,
@@ -169,7 +171,10 @@ async fn run_with(
         while source_events.send(Event::Source(source.next().await)).await.is_ok() {}
     }));
     let sink_events = events.clone();
+    // What the first pass writes needs no second look, and whoever waits for it should not wait for watches too.
+    let (passed, first_pass_done) = oneshot::channel();
     tasks.spawn(until(stopping(), async move {
+        let _ = first_pass_done.await;
         while sink_events.send(Event::Disturbed(sink.disturbed().await)).await.is_ok() {}
     }));
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
@@ -186,7 +191,9 @@ async fn run_with(
         let Ok(report) = first_pass.await else { return std::future::pending().await };
         started.store(true, Ordering::Relaxed);
         addresses.publish(&data)?;
-        report::print(&args, &secrets, &authority, &addresses, &report);
+        report::print(&args, output, &secrets, &authority, &addresses, &report);
+        // The task that waits for it has ended only if everything has.
+        let _ = passed.send(());
         std::future::pending().await
     };
     let ended = tokio::select! {

@@ -122,3 +122,20 @@ fn each_certificate_is_one_line_of_the_log_and_no_key_is() {
     assert!(!log.contains("PRIVATE"));
     mica.stop();
 }
+
+#[test]
+fn the_report_can_be_read_by_programs() {
+    let place = Place::new();
+    place.account("web");
+    let mica = place.start(&["--output", "json"]);
+    let report: serde_json::Value =
+        wait_for(Duration::from_secs(2), "the report", || serde_json::from_str(&mica.report()).ok());
+    let identity = &report["identities"][0];
+    assert_eq!(identity["id"], "spiffe://cluster.local/ns/shop/sa/web");
+    assert_eq!(identity["folder"], place.folder("shop", "web").display().to_string());
+    let format = &time::format_description::well_known::Rfc3339;
+    let not_after = time::OffsetDateTime::parse(identity["not_after"].as_str().unwrap(), format).unwrap();
+    assert_eq!(not_after, place.leaf("web").validity.not_after);
+    assert_eq!(report["http"], mica.address("http"));
+    mica.stop();
+}
