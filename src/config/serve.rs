@@ -136,7 +136,7 @@ pub enum MadeKind {
     P256,
     /// ECDSA on P-384.
     P384,
-    /// Ed25519, which Envoy does not take.
+    /// Ed25519; Envoy takes it only where its signature_algorithms name it.
     Ed25519,
 }
 
