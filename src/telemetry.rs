@@ -1,7 +1,11 @@
-//! The log: one line an event on standard error, for people or as JSON.
+//! The log, one line an event on standard error, for people or as JSON; and the one form of metric that the library
+//! lacks.
 
 use std::io::IsTerminal as _;
 
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
 use tracing::Level;
 use tracing_subscriber::fmt;
 
@@ -22,5 +26,27 @@ pub fn start(format: Option<LogFormat>, level: Level) {
     match format {
         LogFormat::Human => builder.with_ansi(terminal).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).init(),
+    }
+}
+
+/// A counter without the `_total` that OpenMetrics asks of counters, hence of the type "unknown": Istio's names stay as
+/// they are, so that its dashboards and alerts go on working.
+#[derive(Clone, Debug, Default)]
+pub struct Unsuffixed(Counter);
+
+impl Unsuffixed {
+    /// One more.
+    pub fn inc(&self) {
+        self.0.inc();
+    }
+}
+
+impl EncodeMetric for Unsuffixed {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        encoder.encode_gauge(&self.0.get())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Unknown
     }
 }

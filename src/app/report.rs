@@ -116,7 +116,8 @@ impl Shown {
         let version = env!("CARGO_PKG_VERSION");
         let mut lines = vec![format!("mica {version} serves the trust domain {trust_domain}"), String::new()];
         lines.push(match good {
-            0 => format!("No identity yet for the service accounts below {source}."),
+            0 if self.foreign + self.failed == 0 => format!("No service account was found below {source}."),
+            0 => format!("No identity yet for the {} accounts below {source}:", self.foreign + self.failed),
             _ => format!(
                 "{good} {} for the accounts below {source}; {} issued now, for {}:",
                 if *good == 1 { "identity" } else { "identities" },

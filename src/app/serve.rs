@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -31,7 +31,7 @@ use crate::source::Source as _;
 use crate::source::folder::FolderSource;
 use crate::store::{AuthorityStore, BroughtStore, OwnStore};
 use crate::sys::dir::{Access, Dir};
-use crate::sys::{clock, files};
+use crate::sys::{self, clock, files};
 use crate::telemetry;
 
 /// Why Mica does not run, or no longer.
@@ -82,26 +82,23 @@ async fn start(args: Args, output: Output) -> Result<(), Error> {
         terminate: signal(SignalKind::terminate()).map_err(fault)?,
         interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
     };
+    let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
+    let excluded = [args.data_dir.clone(), secrets.clone()];
+    let source = FolderSource::open(&args.source, &excluded).map_err(usage)?;
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
-    let source = args.source.display();
-    let holder = format!(
-        "mica serve {source}, process {}, since {}",
-        std::process::id(),
-        report::moment(clock::now())
-    );
+    let (folder, since) = (args.source.display(), report::moment(clock::now()));
+    let holder = format!("mica serve {folder}, process {}, since {since}", std::process::id());
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
     remove(&data, ADDRESSES)?;
-    let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
-    let source =
-        FolderSource::open(&args.source, &[args.data_dir.clone(), secrets.clone()]).map_err(usage)?;
     match &args.authority {
         None => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
             run_with(args, output, data, secrets, source, store, signals).await
         }
         Some(folder) => {
-            let passphrase = args.passphrase_file.as_deref().map(passphrase).transpose()?;
+            let passphrase =
+                args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
             let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
             run_with(args, output, data, secrets, source, store, signals).await
         }
@@ -275,9 +272,9 @@ impl Collector for SourceFaults {
 }
 
 async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|e| usage(format_args!("cannot listen on {flag} {address}: {e}; port 0 picks a free one")))
+    TcpListener::bind(address).await.map_err(|e| {
+        usage(format_args!("cannot listen on {flag} {address}: {}; port 0 picks a free one", sys::reason(&e)))
+    })
 }
 
 async fn until(stop: impl Future<Output = ()>, work: impl Future<Output = ()>) -> Result<(), Error> {
@@ -305,14 +302,6 @@ fn names(typed: &[ServingName]) -> Names {
         }
     }
     names
-}
-
-fn passphrase(path: &Path) -> Result<zeroize::Zeroizing<Vec<u8>>, Error> {
-    let mut text = files::read(path, 4096).map_err(usage)?;
-    while text.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
-        text.pop();
-    }
-    Ok(text)
 }
 
 fn remove(data: &Dir, name: &str) -> Result<(), Error> {

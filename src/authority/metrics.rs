@@ -1,12 +1,9 @@
-//! What the authority counts. Names that Istio's CA has are kept, without the `_total` that OpenMetrics asks of
-//! counters, so that its dashboards and alerts go on working: hence their type "unknown".
+//! What the authority counts, under Istio's names where Istio has one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
-use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -15,6 +12,7 @@ use time::OffsetDateTime;
 
 use super::Authority;
 use crate::sys::clock;
+use crate::telemetry::Unsuffixed;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Why {
@@ -31,8 +29,8 @@ struct Reason {
 pub struct Metrics {
     issued: Family<Why, Counter>,
     failed: Family<Reason, Counter>,
-    all_issued: AtomicU64,
-    all_failed: AtomicU64,
+    all_issued: Unsuffixed,
+    all_failed: Unsuffixed,
     reload_failures: Counter,
 }
 
@@ -40,12 +38,12 @@ impl Metrics {
     pub(super) fn issued(&self, why: &str) {
         let word = why.split(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or_default();
         self.issued.get_or_create(&Why { why: word.to_owned() }).inc();
-        self.all_issued.fetch_add(1, Ordering::Relaxed);
+        self.all_issued.inc();
     }
 
     pub(super) fn failed(&self, reason: &'static str) {
         self.failed.get_or_create(&Reason { reason }).inc();
-        self.all_failed.fetch_add(1, Ordering::Relaxed);
+        self.all_failed.inc();
     }
 
     /// Counts an authority that was brought anew and could not be taken.
@@ -73,11 +71,21 @@ impl Authority {
             "Changes of the brought authority that were not taken",
             metrics.reload_failures.clone(),
         );
+        registry.register(
+            "citadel_server_success_cert_issuance_count",
+            "Certificates issued, the gRPC port's own included",
+            metrics.all_issued.clone(),
+        );
+        registry.register(
+            "citadel_server_csr_sign_err_count",
+            "Certificates that could not be signed",
+            metrics.all_failed.clone(),
+        );
         registry.register_collector(Box::new(Expiry(self.clone())));
     }
 }
 
-/// What depends on the time of the scrape, and Istio's counters.
+/// What depends on the time of the scrape.
 struct Expiry(Arc<Authority>);
 
 impl std::fmt::Debug for Expiry {
@@ -108,17 +116,6 @@ impl Collector for Expiry {
             let gauge = ConstGauge::new(left(not_after));
             let name = format!("{prefix}_seconds");
             gauge.encode(encoder.encode_descriptor(&name, &help, None, gauge.metric_type())?)?;
-        }
-        for (name, help, count) in [
-            ("citadel_server_success_cert_issuance_count", "Certificates issued", &self.0.metrics.all_issued),
-            (
-                "citadel_server_csr_sign_err_count",
-                "Certificates that could not be signed",
-                &self.0.metrics.all_failed,
-            ),
-        ] {
-            let count = ConstGauge::new(i64::try_from(count.load(Ordering::Relaxed)).unwrap_or(i64::MAX));
-            count.encode(encoder.encode_descriptor(name, help, None, MetricType::Unknown)?)?;
         }
         Ok(())
     }

@@ -34,6 +34,8 @@ pub struct Cli {
         value_enum,
         default_value_t = Output::Text,
         value_name = "FORM",
+        env = "MICA_OUTPUT",
+        hide_env = true,
         display_order = 900
     )]
     pub output: Output,

@@ -66,7 +66,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", env = "MICA_AUTHORITY", hide_env = true)]
     pub authority: Option<PathBuf>,
 
-    /// File with the passphrase of the brought CA's key; a line break at its end does not count
+    /// File whose first line is the passphrase of the brought CA's key
     #[arg(long, value_name = "FILE", requires = "authority", env = "MICA_PASSPHRASE_FILE", hide_env = true)]
     pub passphrase_file: Option<PathBuf>,
 
@@ -136,7 +136,7 @@ pub enum MadeKind {
     P256,
     /// ECDSA on P-384.
     P384,
-    /// Ed25519, which Envoy does not take.
+    /// Ed25519; Envoy takes it only where its signature_algorithms name it.
     Ed25519,
 }
 

@@ -1,15 +1,16 @@
 //! What the loop counts.
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::core::plan::Why;
+use crate::telemetry::Unsuffixed;
 
 /// How an account stands that should have an identity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum State {
     /// It has a good one.
     Good,
@@ -17,6 +18,17 @@ pub(super) enum State {
     Waiting,
     /// Its place is taken by something that Mica did not write.
     Foreign,
+}
+
+impl EncodeLabelValue for State {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let name = match self {
+            Self::Good => "good",
+            Self::Waiting => "waiting",
+            Self::Foreign => "foreign",
+        };
+        EncodeLabelValue::encode(&name, encoder)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -29,9 +41,9 @@ struct Of {
 pub struct Metrics {
     identities: Family<Of, Gauge>,
     failures: Counter,
-    created: Gauge,
-    deleted: Gauge,
-    repaired: Gauge,
+    created: Unsuffixed,
+    deleted: Unsuffixed,
+    repaired: Unsuffixed,
 }
 
 impl Metrics {
@@ -67,8 +79,8 @@ impl Metrics {
         match why {
             Why::New => self.created.inc(),
             Why::Repair(_) => self.repaired.inc(),
-            Why::Renewal => 0,
-        };
+            Why::Renewal => {}
+        }
     }
 
     pub(super) fn removed(&self) {

@@ -40,7 +40,7 @@ pub enum Error {
     Watch(#[from] watch::Error),
     /// The state is there and cannot be used.
     #[error(
-        "the authority in {folder} cannot be used: {fault}; restore that folder from a backup, or, to begin anew with another root, move the whole data folder {data} away: every identity is then issued again"
+        "the authority in {folder} cannot be used: {fault}; restore that folder from a backup, or, to begin anew with another root, move the whole data folder {data} and the delivered folders away: every identity is then issued again"
     )]
     State {
         /// The authority's folder.
@@ -48,6 +48,14 @@ pub enum Error {
         /// The data folder.
         data: PathBuf,
         /// What is wrong with it.
+        fault: String,
+    },
+    /// The state is sound, and this start does not fit it.
+    #[error("the authority in {folder}: {fault}")]
+    Unfit {
+        /// The authority's folder.
+        folder: PathBuf,
+        /// What does not fit, and what would.
         fault: String,
     },
     /// The brought authority cannot be used.
@@ -72,7 +80,7 @@ pub enum Error {
     },
     /// There was an authority, and it is gone.
     #[error(
-        "{folder} is gone, but {evidence} shows that this data folder had an authority; restore {folder} from a backup, or, to begin anew with another root, move the whole data folder {data} away: every identity is then issued again"
+        "{folder} is gone, but {evidence} shows that this data folder had an authority; restore {folder} from a backup, or, to begin anew with another root, move the whole data folder {data} and the delivered folders away: every identity is then issued again"
     )]
     Lost {
         /// The data folder.
@@ -84,7 +92,7 @@ pub enum Error {
     },
     /// Another root.
     #[error(
-        "the root has changed: this data folder has known {known}, and {folder} now brings {brought}; workloads that trust the old root would refuse the new one. Bring a CA below the old root, or give another --data-dir, or, to switch at once, move the whole data folder {data} away: every identity is then issued again"
+        "the root has changed: this data folder has known {known}, and {folder} now brings {brought}; workloads that trust the old root would refuse the new one. Bring a CA below the old root, or give another --data-dir, or, to switch at once, move the whole data folder {data} and the delivered folders away: every identity is then issued again"
     )]
     ChangedRoot {
         /// Fingerprints of the roots known.

@@ -49,13 +49,20 @@ impl OwnStore {
                 Err(e) => return Err(e.into()),
             }
         }
+        let unfit = |fault: String| Error::Unfit { folder: folder.path().to_owned(), fault };
         if files.len() == 1 && files.contains_key(ROOTS) {
-            return Err(pin::state(
-                &self.data,
-                "it only remembers the root of an authority that was brought; give --authority again",
+            return Err(unfit(
+                "it remembers the root of an authority that was brought; give --authority again".to_owned(),
             ));
         }
-        authority_files::issuer(&files, None, trust_domain).map_err(|e| pin::state(&self.data, e))
+        authority_files::issuer(&files, None, trust_domain).map_err(|e| match &e {
+            authority_files::Error::Issuer { fault, .. }
+                if matches!(**fault, issuer::Error::TrustDomain { .. }) =>
+            {
+                unfit(e.to_string())
+            }
+            _ => pin::state(&self.data, e),
+        })
     }
 
     fn make(&self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {

@@ -30,6 +30,12 @@ pub enum Error {
         /// The bound.
         limit: u64,
     },
+    /// A first line with nothing in it.
+    #[error("{path}: the passphrase is empty; it is the first line of the file")]
+    EmptyPassphrase {
+        /// Which.
+        path: PathBuf,
+    },
     /// Not a file.
     #[error("{path} is no regular file")]
     NoFile {
@@ -87,6 +93,17 @@ pub fn read(path: &Path, limit: u64) -> Result<Zeroizing<Vec<u8>>, Error> {
         return Err(Error::NoFile { path: path.to_owned() });
     }
     read_to(file, facts.len(), limit, path)
+}
+
+/// The first line of a file, which is what an editor or `echo` leaves in it.
+pub fn read_passphrase(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let text = read_given(path, 4096)?;
+    let line = text.split(|b| *b == b'\n').next().unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    if line.is_empty() {
+        return Err(Error::EmptyPassphrase { path: path.to_owned() });
+    }
+    Ok(Zeroizing::new(line.to_owned()))
 }
 
 /// Reads what a command was given: a file, a FIFO such as a shell's `<(…)`, or standard input for `-`.

@@ -175,20 +175,9 @@ fn one_standard_input<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<(
     Ok(())
 }
 
-/// The first line of a file, which is what an editor or `echo` leaves in it.
+/// The passphrase in a file, if one was named.
 fn passphrase(path: Option<&Path>) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
-    const MAX: u64 = 4096;
-    let Some(path) = path else { return Ok(None) };
-    let text = files::read_given(path, MAX)?;
-    let line = text.split(|b| *b == b'\n').next().unwrap_or_default();
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    if line.is_empty() {
-        return Err(Error::Usage(format!(
-            "{}: the passphrase is empty; it is the first line of the file",
-            name_of(path)
-        )));
-    }
-    Ok(Some(Zeroizing::new(line.to_owned())))
+    Ok(path.map(files::read_passphrase).transpose()?)
 }
 
 /// A private key as PEM, protected if there is a passphrase.

@@ -5,6 +5,7 @@
 
 mod cli;
 mod conformance;
+mod docs;
 mod envoy;
 mod fixtures;
 mod go_spiffe;

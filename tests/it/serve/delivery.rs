@@ -68,7 +68,7 @@ fn a_restart_issues_nothing_that_is_still_good() {
     let mica = place.start(&[]);
     assert_eq!(super::tree(&place.data().join("secrets")), before);
     assert_eq!(place.root_pem(), root);
-    assert_eq!(mica.metric("mica_identities{state=\"Good\"}"), 2.0);
+    assert_eq!(mica.metric("mica_identities{state=\"good\"}"), 2.0);
     mica.stop();
 }
 
@@ -229,7 +229,7 @@ fn what_mica_did_not_write_is_never_touched() {
     let mica = place.start(&[]);
     wait_for(PROMPT, "a report", || mica.log().contains("shop/web").then_some(()));
     assert_eq!(fs::read_to_string(theirs.join("key.pem")).unwrap(), "theirs");
-    assert_eq!(mica.metric("mica_identities{state=\"Foreign\"}"), 1.0);
+    assert_eq!(mica.metric("mica_identities{state=\"foreign\"}"), 1.0);
     fs::remove_dir_all(&theirs).unwrap();
     place.wait_for_account("web", REPAIRED);
     // A file of somebody else's in a folder of Mica's outlives the folder's certificates.

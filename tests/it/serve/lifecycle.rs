@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
-use super::{Place, wait_for};
+use super::{Place, output_within, wait_for};
+use crate::parts;
 
 #[test]
 fn a_second_mica_says_who_holds_the_folder_and_stops() {
@@ -89,7 +90,7 @@ fn metrics_carry_istios_names_and_readiness_follows_the_authority() {
     let mica = place.start(&[]);
     assert_eq!(mica.page("/readyz"), (200, "ok\n".to_owned()));
     assert_eq!(mica.page("/nothing").0, 404);
-    assert_eq!(mica.metric("mica_identities{state=\"Good\"}"), 1.0);
+    assert_eq!(mica.metric("mica_identities{state=\"good\"}"), 1.0);
     assert_eq!(mica.metric("mica_certificates_issued_total{why=\"new\"}"), 1.0);
     assert_eq!(mica.metric("citadel_secret_controller_svc_acc_created_cert_count"), 1.0);
     assert!(mica.metric("citadel_server_success_cert_issuance_count") >= 1.0);
@@ -137,5 +138,33 @@ fn the_report_can_be_read_by_programs() {
     let not_after = time::OffsetDateTime::parse(identity["not_after"].as_str().unwrap(), format).unwrap();
     assert_eq!(not_after, place.leaf("web").validity.not_after);
     assert_eq!(report["http"], mica.address("http"));
+    mica.stop();
+}
+
+/// A resumed session would pass over the certificates, and so over a trust bundle that changed meanwhile.
+#[test]
+fn the_grpc_port_resumes_no_session() {
+    let place = Place::new();
+    place.account("web");
+    let mica = place.start(&[]);
+    for (version, fresh) in [("-tls1_2", "New, TLSv1.2"), ("-tls1_3", "New, TLSv1.3")] {
+        let session = place.root.path().join(version);
+        let connect = |flag: &str| {
+            let mut openssl = parts::openssl();
+            openssl.args(["s_client", version, "-alpn", "h2", "-connect", &mica.address("grpc")]);
+            openssl.arg("-CAfile").arg(place.data().join("root-cert.pem"));
+            openssl.args(["-verify_return_error", flag]).arg(&session).stdin(std::process::Stdio::null());
+            let output = output_within(&mut openssl, Duration::from_secs(10));
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let first = connect("-sess_out");
+        assert!(first.contains(fresh) && first.contains("Verify return code: 0"), "{first}");
+        assert!(!first.contains("TLS session ticket:"), "{first}");
+        // In TLS 1.3 there is no session without a ticket.
+        if session.exists() {
+            let second = connect("-sess_in");
+            assert!(second.contains(fresh) && !second.contains("Reused"), "{second}");
+        }
+    }
     mica.stop();
 }
