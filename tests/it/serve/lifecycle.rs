@@ -122,3 +122,17 @@ fn each_certificate_is_one_line_of_the_log_and_no_key_is() {
     assert!(!log.contains("PRIVATE"));
     mica.stop();
 }
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let place = Place::new();
+    place.account("web");
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut child = place.command().stdout(std::process::Stdio::null()).stderr(full).spawn().unwrap();
+    place.wait_for_account("web", Duration::from_secs(10));
+    place.account("db");
+    place.wait_for_account("db", Duration::from_secs(2));
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
