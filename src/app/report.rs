@@ -63,6 +63,9 @@ fn text(
     let version = env!("CARGO_PKG_VERSION");
     let mut lines = vec![format!("mica {version} serves the trust domain {domain}"), String::new()];
     lines.push(match (report.good, report.issued) {
+        (0, _) if report.foreign + report.waiting > 0 => {
+            format!("No good identities yet for the accounts below {source}:")
+        }
         (0, _) => format!("No identities: no service account was found below {source}."),
         (good, issued) => format!(
             "{good} {} for the accounts below {source}; {} issued now, for {}:",
@@ -88,7 +91,7 @@ fn text(
     }
     for (count, what) in [
         (report.foreign, "not delivered: their place is taken by something mica did not write; see the log"),
-        (report.failed, "not served yet, and tried again; see the log"),
+        (report.waiting, "not served yet, and tried again; see the log"),
         (report.removed, "removed, because their accounts are gone"),
     ] {
         if count > 0 {

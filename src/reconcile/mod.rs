@@ -57,8 +57,8 @@ pub struct Report {
     pub issued: usize,
     /// Accounts whose place is taken by something that Mica did not write.
     pub foreign: usize,
-    /// Accounts that could not be served.
-    pub failed: usize,
+    /// Accounts that have no good one yet, because something failed or nothing can be issued.
+    pub waiting: usize,
     /// Identities that were removed with their accounts.
     pub removed: usize,
 }
@@ -370,7 +370,10 @@ impl<S: Sink> Reconciler<S> {
                 }
             }
         }
-        report.failed = faults.len();
+        // Those that could not be looked at as well.
+        (self.progress)(total, total);
+        let waits = |account| self.entries.get(account).is_some_and(|e| e.state() == Some(State::Waiting));
+        report.waiting = accounts.iter().filter(|account| waits(account)).count();
         for (account, fault) in faults.iter().take(LOGGED) {
             tracing::error!(%account, %fault, "not served; trying again");
         }

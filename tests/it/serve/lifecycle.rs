@@ -136,3 +136,21 @@ fn a_log_that_cannot_be_written_ends_nothing() {
     child.kill().unwrap();
     child.wait().unwrap();
 }
+
+#[test]
+fn accounts_that_cannot_be_served_are_not_reported_as_missing() {
+    let place = Place::new();
+    place.account("web");
+    for folder in [place.data(), place.data().join("secrets"), place.data().join("secrets/shop")] {
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    fs::create_dir(place.folder("shop", "web")).unwrap();
+    let mica = place.start(&[]);
+    let report = wait_for(Duration::from_secs(2), "the report", || {
+        Some(mica.report()).filter(|report| !report.is_empty())
+    });
+    assert!(!report.contains("no service account was found"), "{report}");
+    assert!(report.contains("1 not delivered: their place is taken"), "{report}");
+    mica.stop();
+}
