@@ -167,6 +167,8 @@ impl<S: Sink> Reconciler<S> {
             let wake = tokio::time::sleep(self.sleep(clock::now()));
             let mut stop = self.stop.clone();
             let event = tokio::select! {
+                // The end first: a runtime that is going has no timers any more.
+                biased;
                 _ = stop.wait_for(|stop| *stop) => return,
                 event = events.recv() => match event {
                     Some(event) => Some(event),
@@ -323,9 +325,14 @@ impl<S: Sink> Reconciler<S> {
                     return report;
                 }
                 match planned {
-                    Step::Deliver(_) if !usable => {
+                    Step::Deliver(why) if !usable => {
                         self.wait(account, clock::now() + ISSUER_RETRY);
-                        self.note(account, |entry| entry.failures = entry.failures.max(1));
+                        self.note(account, |entry| {
+                            entry.failures = 0;
+                            if why == Why::Renewal {
+                                entry.observed = Some(Observed::Bad("its renewal is overdue".to_owned()));
+                            }
+                        });
                     }
                     Step::Deliver(why) => match self.deliver(account, &why).await {
                         Ok(good) => {
