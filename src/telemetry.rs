@@ -22,7 +22,8 @@ pub enum LogFormat {
 pub fn start(format: Option<LogFormat>, level: Level) {
     let terminal = std::io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Human } else { LogFormat::Json });
-    let builder = fmt().with_writer(std::io::stderr).with_max_level(level);
+    // A line that cannot be written, as to a full disk, would otherwise be told on standard error, which panics there.
+    let builder = fmt().with_writer(std::io::stderr).with_max_level(level).log_internal_errors(false);
     match format {
         LogFormat::Human => builder.with_ansi(terminal).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).init(),

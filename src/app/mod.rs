@@ -1,4 +1,5 @@
 //! The wiring: which source, sink and store a running Mica has, and which tasks.
 
+mod addresses;
 mod report;
 pub mod serve;

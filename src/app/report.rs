@@ -8,7 +8,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::serve::Addresses;
+use super::addresses::Addresses;
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::Args;
@@ -68,7 +68,7 @@ pub(super) fn print(
         good: report.good,
         issued: report.issued,
         foreign: report.foreign,
-        failed: report.failed,
+        waiting: report.waiting,
         removed: report.removed,
         secrets: plain(secrets),
         roots: plain(&args.data_dir.join(ROOTS)),
@@ -92,7 +92,7 @@ struct Shown {
     good: usize,
     issued: usize,
     foreign: usize,
-    failed: usize,
+    waiting: usize,
     removed: usize,
     secrets: String,
     roots: String,
@@ -116,8 +116,8 @@ impl Shown {
         let version = env!("CARGO_PKG_VERSION");
         let mut lines = vec![format!("mica {version} serves the trust domain {trust_domain}"), String::new()];
         lines.push(match good {
-            0 if self.foreign + self.failed == 0 => format!("No service account was found below {source}."),
-            0 => format!("No identity yet for the {} accounts below {source}:", self.foreign + self.failed),
+            0 if self.foreign + self.waiting == 0 => format!("No service account was found below {source}."),
+            0 => format!("No good identities yet for the accounts below {source}:"),
             _ => format!(
                 "{good} {} for the accounts below {source}; {} issued now, for {}:",
                 if *good == 1 { "identity" } else { "identities" },
@@ -137,7 +137,7 @@ impl Shown {
                 self.foreign,
                 "not delivered: their place is taken by something mica did not write; see the log",
             ),
-            (self.failed, "not served yet, and tried again; see the log"),
+            (self.waiting, "not served yet, and tried again; see the log"),
             (self.removed, "removed, because their accounts are gone"),
         ] {
             if count > 0 {

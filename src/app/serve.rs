@@ -16,6 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::addresses::Addresses;
 use super::report;
 use crate::admin;
 use crate::authority::Authority;
@@ -47,8 +48,6 @@ pub enum Error {
 
 /// Shorter ones would be renewed more often than once in five seconds.
 const SHORTEST: Lifetime = Lifetime::from_secs(10);
-/// Where it listens, in the data folder.
-const ADDRESSES: &str = "addresses.json";
 /// Who holds the data folder.
 const LOCK: &str = "lock";
 /// The delivered folders, in the data folder unless they are elsewhere.
@@ -90,7 +89,7 @@ async fn start(args: Args, output: Output) -> Result<(), Error> {
     let holder = format!("mica serve {folder}, process {}, since {since}", std::process::id());
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
-    remove(&data, ADDRESSES)?;
+    Addresses::withdraw(&data).map_err(fault)?;
     match &args.authority {
         None => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
@@ -187,7 +186,7 @@ async fn run_with(
     let announced = async {
         let Ok(report) = first_pass.await else { return std::future::pending().await };
         started.store(true, Ordering::Relaxed);
-        addresses.publish(&data)?;
+        addresses.publish(&data).map_err(fault)?;
         report::print(&args, output, &secrets, &authority, &addresses, &report);
         // The task that waits for it has ended only if everything has.
         let _ = passed.send(());
@@ -199,7 +198,7 @@ async fn run_with(
         failed = announced => failed,
     };
     stop.send_replace(true);
-    remove(&data, ADDRESSES)?;
+    Addresses::withdraw(&data).map_err(fault)?;
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),
@@ -221,19 +220,6 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
-    }
-}
-
-/// Where Mica listens.
-pub(super) struct Addresses {
-    pub(super) grpc: SocketAddr,
-    pub(super) http: SocketAddr,
-}
-
-impl Addresses {
-    fn publish(&self, data: &Dir) -> Result<(), Error> {
-        let text = serde_json::json!({"grpc": self.grpc.to_string(), "http": self.http.to_string()});
-        data.replace(ADDRESSES, format!("{text}\n").as_bytes(), Access::mode(0o644)).map_err(fault)
     }
 }
 
@@ -302,13 +288,6 @@ fn names(typed: &[ServingName]) -> Names {
         }
     }
     names
-}
-
-fn remove(data: &Dir, name: &str) -> Result<(), Error> {
-    match data.unlink(name) {
-        Err(e) if !e.is_absent() => Err(fault(e)),
-        _ => Ok(()),
-    }
 }
 
 fn usage(why: impl ToString) -> Error {

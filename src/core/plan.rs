@@ -158,7 +158,8 @@ pub fn step(desired: bool, settled: bool, observed: &Observed, now: OffsetDateTi
             // left would be shorter each time: renewing without gain, ever faster.
             let gained = Validity::below(None, now, policy.lifetime).not_after.min(policy.issuer_not_after)
                 - good.not_after;
-            if gained > time::Duration::ZERO {
+            let expired = now >= good.not_after + time::Duration::SECOND;
+            if expired || gained > time::Duration::ZERO {
                 Step::Deliver(Why::Renewal)
             } else {
                 Step::Wait(good.not_after + time::Duration::SECOND)
@@ -213,7 +214,10 @@ mod tests {
         let not_after = NOW + 10 * HOUR;
         let due = Observed::Good(Good { renew_at: NOW, not_after });
         let dying = Policy { issuer_not_after: not_after, ..policy() };
-        assert_eq!(step(true, true, &due, NOW, &dying), Step::Wait(not_after + time::Duration::SECOND));
+        let end = not_after + time::Duration::SECOND;
+        assert_eq!(step(true, true, &due, NOW, &dying), Step::Wait(end));
+        // A time that has come is nothing to wait for: the loop would spin.
+        assert_eq!(step(true, true, &due, end, &dying), Step::Deliver(Why::Renewal));
     }
 
     #[test]

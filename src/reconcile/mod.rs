@@ -57,8 +57,8 @@ pub struct Report {
     pub issued: usize,
     /// Accounts whose place is taken by something that Mica did not write.
     pub foreign: usize,
-    /// Accounts that could not be served.
-    pub failed: usize,
+    /// Accounts that have no good one yet, because something failed or nothing can be issued.
+    pub waiting: usize,
     /// Identities that were removed with their accounts.
     pub removed: usize,
 }
@@ -167,6 +167,8 @@ impl<S: Sink> Reconciler<S> {
             let wake = tokio::time::sleep(self.sleep(clock::now()));
             let mut stop = self.stop.clone();
             let event = tokio::select! {
+                // The end first: a runtime that is going has no timers any more.
+                biased;
                 _ = stop.wait_for(|stop| *stop) => return,
                 event = events.recv() => match event {
                     Some(event) => Some(event),
@@ -323,9 +325,14 @@ impl<S: Sink> Reconciler<S> {
                     return report;
                 }
                 match planned {
-                    Step::Deliver(_) if !usable => {
+                    Step::Deliver(why) if !usable => {
                         self.wait(account, clock::now() + ISSUER_RETRY);
-                        self.note(account, |entry| entry.failures = entry.failures.max(1));
+                        self.note(account, |entry| {
+                            entry.failures = 0;
+                            if why == Why::Renewal {
+                                entry.observed = Some(Observed::Bad("its renewal is overdue".to_owned()));
+                            }
+                        });
                     }
                     Step::Deliver(why) => match self.deliver(account, &why).await {
                         Ok(good) => {
@@ -370,7 +377,10 @@ impl<S: Sink> Reconciler<S> {
                 }
             }
         }
-        report.failed = faults.len();
+        // Those that could not be looked at as well.
+        (self.progress)(total, total);
+        let waits = |account| self.entries.get(account).is_some_and(|e| e.state() == Some(State::Waiting));
+        report.waiting = accounts.iter().filter(|account| waits(account)).count();
         for (account, fault) in faults.iter().take(LOGGED) {
             tracing::error!(%account, %fault, "not served; trying again");
         }

@@ -14,8 +14,8 @@ use time::OffsetDateTime;
 use crate::authority::{self, Authority};
 use crate::core::issuer::Order;
 use crate::core::key::KeyKind;
-use crate::core::lifetime::Lifetime;
-use crate::core::plan::Good;
+use crate::core::lifetime::{Lifetime, Validity};
+use crate::core::plan::{Good, Observed, Policy, Step, step};
 use crate::core::profile::{DnsName, Profile};
 use crate::sys::{clock, keys};
 
@@ -23,8 +23,8 @@ use crate::sys::{clock, keys};
 const LIFETIME: Lifetime = Lifetime::from_secs(24 * 3_600);
 /// Between attempts to renew.
 const RETRY: Duration = Duration::from_secs(5);
-/// A suspended machine is noticed this late.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// An issuer that was replaced, a clock that was set and a suspended machine are noticed this late.
+const LONGEST_SLEEP: Duration = Duration::from_secs(15);
 
 /// Why there is no serving certificate.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +58,8 @@ pub struct ServingCertificate {
 
 struct Current {
     key: Arc<CertifiedKey>,
-    renew_at: OffsetDateTime,
+    validity: Validity,
+    good: Good,
     /// By which an issuer that was replaced is noticed.
     issuer: Vec<u8>,
 }
@@ -71,16 +72,22 @@ impl ServingCertificate {
 
     /// Keeps it fresh, for ever.
     pub async fn keep(&self) {
+        let mut told = None;
         loop {
             let now = clock::now();
-            let wait = match &**self.current.load() {
-                Some(current) if now < current.renew_at && self.is_of_issuer(current) => {
-                    (current.renew_at - now).try_into().unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP)
-                }
+            let wait = match self.next(now) {
+                Step::Wait(at) => (at - now).try_into().unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP),
                 _ => match self.renew(now) {
-                    Ok(()) => continue,
+                    Ok(()) => {
+                        told = None;
+                        continue;
+                    }
                     Err(fault) => {
-                        tracing::warn!(%fault, "no serving certificate; trying again");
+                        let fault = fault.to_string();
+                        if told.as_ref() != Some(&fault) {
+                            tracing::warn!(fault, "no serving certificate; trying again");
+                            told = Some(fault);
+                        }
                         RETRY
                     }
                 },
@@ -89,8 +96,18 @@ impl ServingCertificate {
         }
     }
 
-    fn is_of_issuer(&self, current: &Current) -> bool {
-        self.authority.issuer().certificate().der() == current.issuer
+    fn next(&self, now: OffsetDateTime) -> Step {
+        let issuer = self.authority.issuer();
+        let observed = match &**self.current.load() {
+            Some(current)
+                if current.validity.contains(now) && current.issuer == issuer.certificate().der() =>
+            {
+                Observed::Good(current.good)
+            }
+            _ => Observed::Absent,
+        };
+        let policy = Policy { lifetime: LIFETIME, issuer_not_after: issuer.window().not_after };
+        step(true, true, &observed, now, &policy)
     }
 
     fn renew(&self, now: OffsetDateTime) -> Result<(), Error> {
@@ -107,10 +124,11 @@ impl ServingCertificate {
         let provider = rustls::crypto::ring::default_provider();
         let private = rustls::pki_types::PrivateKeyDer::Pkcs8(key.pkcs8().to_owned().into());
         let key = CertifiedKey::from_der(chain, private, &provider)?;
-        let good = Good::of(grant.issued.validity, grant.issued.serial.bytes());
+        let validity = grant.issued.validity;
         self.current.store(Arc::new(Some(Current {
             key: Arc::new(key),
-            renew_at: good.renew_at,
+            validity,
+            good: Good::of(validity, grant.issued.serial.bytes()),
             issuer: grant.issuer.certificate().der().to_owned(),
         })));
         Ok(())
@@ -141,5 +159,48 @@ impl ResolvesServerCert for ServingCertificate {
 impl std::fmt::Debug for ServingCertificate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ServingCertificate")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::bundle::TrustBundle;
+    use crate::core::certificate::Certificate;
+    use crate::core::issuer::{self, Issuer};
+
+    /// Below a root that was made at a time, without a certificate yet.
+    fn serving(at: OffsetDateTime, lifetime: Lifetime) -> ServingCertificate {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
+        let profile = Profile::Root { organization: &organization, trust_domain: &trust_domain };
+        let root = issuer::root(&key, &profile, lifetime, at, keys::serial_number().unwrap()).unwrap();
+        let root = Certificate::from_der(root.der()).unwrap();
+        let bundle = TrustBundle::new([root.clone()]).unwrap();
+        let issuer = Issuer::new(Arc::new(key), &[root], bundle, &trust_domain).unwrap();
+        let names = Names { dns: vec!["localhost".parse().unwrap()], addresses: Vec::new() };
+        ServingCertificate::new(Arc::new(Authority::new(trust_domain, issuer)), names)
+    }
+
+    #[tokio::test]
+    async fn a_dying_issuer_is_not_asked_ever_faster() {
+        let certificate = serving(clock::now(), Lifetime::from_secs(3));
+        let mut metrics = prometheus_client::registry::Registry::default();
+        certificate.authority.register(&mut metrics);
+        let kept = tokio::time::timeout(Duration::from_secs(5), certificate.keep()).await;
+        assert!(kept.is_err());
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &metrics).unwrap();
+        assert!(text.contains("mica_certificates_issued_total{why=\"serving\"} 1\n"), "{text}");
+    }
+
+    #[test]
+    fn a_certificate_of_a_time_to_come_is_replaced() {
+        // A clock that was wrong when it was issued has been put right.
+        let (now, year) = (clock::now(), time::Duration::days(365));
+        let certificate = serving(now - year, "10y".parse().unwrap());
+        certificate.renew(now + year).unwrap();
+        assert!(matches!(certificate.next(now + year), Step::Wait(_)));
+        assert!(matches!(certificate.next(now), Step::Deliver(_)));
     }
 }

@@ -333,21 +333,26 @@ fn put_intermediate(folder: &Path, root: &(Issuer, String), issued: OffsetDateTi
     fs::write(folder.join("root-cert.pem"), &root.1).unwrap();
 }
 
+/// A root for ten years that was made at a time.
+fn root_of(made: OffsetDateTime) -> (Issuer, String) {
+    let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+    let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
+    let profile = Profile::Root { organization: &organization, trust_domain: &trust_domain };
+    let serial = keys::serial_number().unwrap();
+    let root = issuer::root(&key, &profile, "10y".parse().unwrap(), made, serial).unwrap();
+    let root = Certificate::from_der(root.der()).unwrap();
+    let bundle = TrustBundle::new([root.clone()]).unwrap();
+    let pem = root.to_pem();
+    (Issuer::new(Arc::new(key), &[root], bundle, &trust_domain).unwrap(), pem)
+}
+
 #[test]
 fn with_an_expired_issuer_mica_runs_is_not_ready_and_loses_nothing() {
     let place = Place::new();
     place.account("web");
     let now = OffsetDateTime::now_utc();
     let ago = now - Duration::from_secs(60 * 86_400);
-    let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
-    let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
-    let profile = Profile::Root { organization: &organization, trust_domain: &trust_domain };
-    let serial = keys::serial_number().unwrap();
-    let root = issuer::root(&key, &profile, "10y".parse().unwrap(), ago, serial).unwrap();
-    let root = Certificate::from_der(root.der()).unwrap();
-    let bundle = TrustBundle::new([root.clone()]).unwrap();
-    let pem = root.to_pem();
-    let root = (Issuer::new(Arc::new(key), &[root], bundle, &trust_domain).unwrap(), pem);
+    let root = root_of(ago);
 
     let folder = place.root.path().join("ca");
     put_intermediate(&folder, &root, now);
@@ -375,5 +380,33 @@ fn with_an_expired_issuer_mica_runs_is_not_ready_and_loses_nothing() {
     put_intermediate(&folder, &root, now);
     wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
     expired.wait_for_account("web", Duration::from_secs(2));
+    mica.stop();
+}
+
+#[test]
+fn an_issuer_that_expires_while_mica_runs_is_waited_for_without_haste() {
+    let place = Place::new();
+    place.account("web");
+    let now = OffsetDateTime::now_utc();
+    let thirty_days = Duration::from_secs(30 * 86_400);
+    let root = root_of(now - 2 * thirty_days);
+    let folder = place.root.path().join("ca");
+    put_intermediate(&folder, &root, now - thirty_days + Duration::from_secs(12));
+    let mica = place.start(&["--authority", folder.to_str().unwrap()]);
+    assert_eq!(mica.page("/readyz").0, 200);
+    let issued = mica.metric("citadel_server_success_cert_issuance_count");
+    wait_for(Duration::from_secs(12), "the end of readiness", || {
+        (mica.page("/readyz").0 == 503).then_some(())
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    let before = mica.worked();
+    std::thread::sleep(Duration::from_secs(3));
+    let worked = mica.worked() - before;
+    assert!(worked < Duration::from_millis(150), "{worked:?} of work in three seconds of waiting");
+    assert_eq!(mica.metric("mica_identities{state=\"Good\"}"), 0.0);
+    assert!(mica.metric("citadel_server_success_cert_issuance_count") - issued <= 3.0);
+    put_intermediate(&folder, &root, now);
+    wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
+    place.wait_for_account("web", Duration::from_secs(2));
     mica.stop();
 }

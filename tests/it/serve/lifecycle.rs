@@ -168,3 +168,35 @@ fn the_grpc_port_resumes_no_session() {
     }
     mica.stop();
 }
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let place = Place::new();
+    place.account("web");
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut child = place.command().stdout(std::process::Stdio::null()).stderr(full).spawn().unwrap();
+    place.wait_for_account("web", Duration::from_secs(10));
+    place.account("db");
+    place.wait_for_account("db", Duration::from_secs(2));
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn accounts_that_cannot_be_served_are_not_reported_as_missing() {
+    let place = Place::new();
+    place.account("web");
+    for folder in [place.data(), place.data().join("secrets"), place.data().join("secrets/shop")] {
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    fs::create_dir(place.folder("shop", "web")).unwrap();
+    let mica = place.start(&[]);
+    let report = wait_for(Duration::from_secs(2), "the report", || {
+        Some(mica.report()).filter(|report| !report.is_empty())
+    });
+    assert!(!report.contains("No service account was found"), "{report}");
+    assert!(report.contains("1 not delivered: their place is taken"), "{report}");
+    mica.stop();
+}

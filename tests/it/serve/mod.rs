@@ -190,6 +190,15 @@ impl Mica {
         self.child.id()
     }
 
+    /// How long its threads have worked in all.
+    pub(crate) fn worked(&self) -> Duration {
+        let text = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let fields: Vec<&str> = text.rsplit(')').next().unwrap().split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+        // A hundred a second on every Linux.
+        Duration::from_millis(10 * ticks)
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill").args([name, &self.pid().to_string()]).status().unwrap();
         assert!(status.success());

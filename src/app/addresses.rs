@@ -1,0 +1,29 @@
+//! Where Mica listens, for programs: a file that is there only while it does.
+
+use std::net::SocketAddr;
+
+use crate::sys::dir::{Access, Dir, Error};
+
+const FILE: &str = "addresses.json";
+
+/// The addresses that were bound.
+pub(super) struct Addresses {
+    pub(super) grpc: SocketAddr,
+    pub(super) http: SocketAddr,
+}
+
+impl Addresses {
+    /// Writes them into the data folder, whose lock the caller holds.
+    pub(super) fn publish(&self, data: &Dir) -> Result<(), Error> {
+        let text = serde_json::json!({"grpc": self.grpc.to_string(), "http": self.http.to_string()});
+        data.replace(FILE, format!("{text}\n").as_bytes(), Access::mode(0o644))
+    }
+
+    /// Takes them back; those of a Mica that was killed, too.
+    pub(super) fn withdraw(data: &Dir) -> Result<(), Error> {
+        match data.unlink(FILE) {
+            Err(e) if !e.is_absent() => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
