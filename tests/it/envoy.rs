@@ -68,7 +68,9 @@ impl Mesh {
 
     /// The serial number that a new connection is shown, as OpenSSL with the client's certificate sees it.
     pub(crate) fn served_serial(&self, client_folder: &Path) -> String {
-        let file = |name| client_folder.join("..data").join(name);
+        // Opened once, the set is one whole; it is swapped while OpenSSL reads.
+        let set = fs::canonicalize(client_folder.join("..data")).expect("a delivered set");
+        let file = |name| set.join(name);
         let output = parts::openssl()
             .args(["s_client", "-verify_return_error", "-connect"])
             .arg(self.tls_address.to_string())
