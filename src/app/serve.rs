@@ -30,7 +30,7 @@ use crate::source::Source as _;
 use crate::source::folder::FolderSource;
 use crate::store::{AuthorityStore, BroughtStore, OwnStore};
 use crate::sys::dir::{Access, Dir};
-use crate::sys::{clock, files};
+use crate::sys::{clock, files, listen};
 use crate::telemetry;
 
 /// Why Mica does not run, or no longer.
@@ -54,6 +54,8 @@ const LOCK: &str = "lock";
 const SECRETS: &str = "secrets";
 /// What is under way when a signal comes has this long to end.
 const GRACE: Duration = Duration::from_secs(10);
+/// And calls of clients this long.
+const HANG_UP: Duration = Duration::from_secs(2);
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
 
@@ -177,10 +179,29 @@ async fn run_with(
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
         Addresses { grpc: grpc.local_addr().map_err(fault)?, http: http.local_addr().map_err(fault)? };
-    let (ends, asked) = (stopping(), ready.clone());
-    tasks.spawn(async move { admin::serve(http, Arc::new(registry), asked, ends).await.map_err(fault) });
-    let ends = stopping();
-    tasks.spawn(async move { serve::serve(grpc, certificate, ready, ends).await.map_err(fault) });
+    // Clients may hang on for ever, as those do that watch the health.
+    let cut_off = || {
+        let stopping = stopping();
+        async move {
+            stopping.await;
+            tokio::time::sleep(HANG_UP).await;
+        }
+    };
+    let open_files = listen::raise_open_files();
+    let (ends, cut, asked) = (stopping(), cut_off(), ready.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            served = admin::serve(http, open_files, Arc::new(registry), asked, ends) => served.map_err(fault),
+            () = cut => Ok(()),
+        }
+    });
+    let (ends, cut) = (stopping(), cut_off());
+    tasks.spawn(async move {
+        tokio::select! {
+            served = serve::serve(grpc, open_files, certificate, ready, ends) => served.map_err(fault),
+            () = cut => Ok(()),
+        }
+    });
 
     let announced = async {
         let Ok(report) = first_pass.await else { return std::future::pending().await };
