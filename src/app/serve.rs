@@ -20,6 +20,7 @@ use super::report;
 use crate::admin;
 use crate::authority::Authority;
 use crate::config::serve::{Args, ServingName};
+use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::{self, Event, Reconciler};
 use crate::serve;
@@ -46,6 +47,8 @@ pub enum Error {
 
 /// Shorter ones would be renewed more often than once in five seconds.
 const SHORTEST: Lifetime = Lifetime::from_secs(10);
+/// A brought issuer whose time has not come is tried this often.
+const EARLY: Duration = Duration::from_secs(15);
 /// Where it listens, in the data folder.
 const ADDRESSES: &str = "addresses.json";
 /// Who holds the data folder.
@@ -254,25 +257,44 @@ impl Addresses {
     }
 }
 
-/// Takes what the store has when it changes; what cannot be used changes nothing.
+/// Takes what the store has when it changes. What cannot be used changes nothing, and what cannot be used yet waits.
 async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, events: mpsc::Sender<Event>) {
+    let mut early: Option<Issuer> = None;
     loop {
-        store.changed().await;
-        match store.load(authority.trust_domain()) {
-            Ok(issuer) if issuer.is_same(&authority.issuer()) => {}
-            Ok(issuer) => {
-                let serial = issuer.certificate().serial_text();
-                tracing::info!(%serial, "the authority has a new issuer below the same root");
-                authority.replace(issuer);
-                if events.send(Event::Issuer).await.is_err() {
-                    return;
+        let issuer = tokio::select! {
+            () = store.changed() => {
+                early = None;
+                store.load(authority.trust_domain()).map_err(|fault| fault.to_string())
+            }
+            () = tokio::time::sleep(EARLY), if early.is_some() => match early.take() {
+                Some(issuer) => Ok(issuer),
+                None => continue,
+            },
+        };
+        let now = clock::now();
+        let refused = match issuer {
+            Ok(issuer) if issuer.is_same(&authority.issuer()) => continue,
+            Ok(issuer) => match issuer.usable(now) {
+                // One that issues is not given up for one that does not.
+                Err(fault) if authority.issuer().usable(now).is_ok() => {
+                    let waits = matches!(fault, issuer::Error::NotYetValid(_));
+                    early = waits.then_some(issuer);
+                    fault.to_string()
                 }
-            }
-            Err(fault) => {
-                authority.metrics().reload_failed();
-                tracing::error!(%fault, "the changed authority is not taken, the one before stays");
-            }
-        }
+                _ => {
+                    let serial = issuer.certificate().serial_text();
+                    tracing::info!(%serial, "the authority has a new issuer below the same root");
+                    authority.replace(issuer);
+                    if events.send(Event::Issuer).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            },
+            Err(fault) => fault,
+        };
+        authority.metrics().reload_failed();
+        tracing::error!(fault = refused, "the changed authority is not taken, the one before stays");
     }
 }
 
