@@ -30,7 +30,7 @@ const ROOMS: &[Room] = &[
     Room { name: "authority", rank: 4, may: &["core", "sys", "telemetry", "store::"] },
     Room { name: "reconcile", rank: 5, may: &["core", "sys", "telemetry", "authority", "source::", "sink::"] },
     Room { name: "serve",     rank: 5, may: &["core", "sys", "proto", "authority"] },
-    Room { name: "admin",     rank: 6, may: &["core", "telemetry"] },
+    Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
     Room { name: "config",    rank: 7, may: &["core", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 8, may: &["core", "sys", "config"] },

@@ -22,6 +22,7 @@ use crate::admin;
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::{Args, ServingName};
+use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::{self, Event, Reconciler};
 use crate::serve;
@@ -32,7 +33,7 @@ use crate::source::Source as _;
 use crate::source::folder::FolderSource;
 use crate::store::{AuthorityStore, BroughtStore, OwnStore};
 use crate::sys::dir::{Access, Dir};
-use crate::sys::{self, clock, files};
+use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
 
 /// Why Mica does not run, or no longer.
@@ -48,12 +49,16 @@ pub enum Error {
 
 /// Shorter ones would be renewed more often than once in five seconds.
 const SHORTEST: Lifetime = Lifetime::from_secs(10);
+/// A brought issuer whose time has not come is tried this often.
+const EARLY: Duration = Duration::from_secs(15);
 /// Who holds the data folder.
 const LOCK: &str = "lock";
 /// The delivered folders, in the data folder unless they are elsewhere.
 const SECRETS: &str = "secrets";
 /// What is under way when a signal comes has this long to end.
 const GRACE: Duration = Duration::from_secs(10);
+/// And calls of clients this long.
+const HANG_UP: Duration = Duration::from_secs(2);
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
 
@@ -178,10 +183,29 @@ async fn run_with(
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
         Addresses { grpc: grpc.local_addr().map_err(fault)?, http: http.local_addr().map_err(fault)? };
-    let (ends, asked) = (stopping(), ready.clone());
-    tasks.spawn(async move { admin::serve(http, Arc::new(registry), asked, ends).await.map_err(fault) });
-    let ends = stopping();
-    tasks.spawn(async move { serve::serve(grpc, certificate, ready, ends).await.map_err(fault) });
+    // Clients may hang on for ever, as those do that watch the health.
+    let cut_off = || {
+        let stopping = stopping();
+        async move {
+            stopping.await;
+            tokio::time::sleep(HANG_UP).await;
+        }
+    };
+    let open_files = listen::raise_open_files();
+    let (ends, cut, asked) = (stopping(), cut_off(), ready.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            served = admin::serve(http, open_files, Arc::new(registry), asked, ends) => served.map_err(fault),
+            () = cut => Ok(()),
+        }
+    });
+    let (ends, cut) = (stopping(), cut_off());
+    tasks.spawn(async move {
+        tokio::select! {
+            served = serve::serve(grpc, open_files, certificate, ready, ends) => served.map_err(fault),
+            () = cut => Ok(()),
+        }
+    });
 
     let announced = async {
         let Ok(report) = first_pass.await else { return std::future::pending().await };
@@ -223,25 +247,46 @@ impl Signals {
     }
 }
 
-/// Takes what the store has when it changes; what cannot be used changes nothing.
+/// Takes what the store has when it changes. What cannot be used changes nothing, and what cannot be used yet waits.
 async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, events: mpsc::Sender<Event>) {
+    let mut early: Option<Issuer> = None;
     loop {
-        store.changed().await;
-        match store.load(authority.trust_domain()) {
-            Ok(issuer) if issuer.is_same(&authority.issuer()) => {}
-            Ok(issuer) => {
-                let serial = issuer.certificate().serial_text();
-                tracing::info!(%serial, "the authority has a new issuer below the same root");
-                authority.replace(issuer);
-                if events.send(Event::Issuer).await.is_err() {
-                    return;
+        let issuer = tokio::select! {
+            () = store.changed() => {
+                early = None;
+                store.load(authority.trust_domain()).map_err(|fault| fault.to_string())
+            }
+            () = tokio::time::sleep(EARLY), if early.is_some() => {
+                match early.take_if(|issuer| issuer.usable(clock::now()).is_ok()) {
+                    Some(issuer) => Ok(issuer),
+                    None => continue,
                 }
             }
-            Err(fault) => {
-                authority.metrics().reload_failed();
-                tracing::error!(%fault, "the changed authority is not taken, the one before stays");
-            }
-        }
+        };
+        let now = clock::now();
+        let refused = match issuer {
+            Ok(issuer) if issuer.is_same(&authority.issuer()) => continue,
+            Ok(issuer) => match issuer.usable(now) {
+                // One that issues is not given up for one that does not.
+                Err(fault) if authority.issuer().usable(now).is_ok() => {
+                    let waits = matches!(fault, issuer::Error::NotYetValid(_));
+                    early = waits.then_some(issuer);
+                    fault.to_string()
+                }
+                _ => {
+                    let serial = issuer.certificate().serial_text();
+                    tracing::info!(%serial, "the authority has a new issuer below the same root");
+                    authority.replace(issuer);
+                    if events.send(Event::Issuer).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            },
+            Err(fault) => fault,
+        };
+        authority.metrics().reload_failed();
+        tracing::error!(fault = refused, "the changed authority is not taken, the one before stays");
     }
 }
 

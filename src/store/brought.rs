@@ -1,11 +1,14 @@
 //! An authority that the user brings: a folder of Istio's plug-in files, or of a TLS secret, read again when it changes.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
 use crate::core::authority_files;
+use crate::core::bundle::TrustBundle;
 use crate::core::issuer::Issuer;
 use crate::core::spiffe::TrustDomain;
 use crate::sys::dir::{Access, Dir};
@@ -14,10 +17,14 @@ use crate::sys::watch::Watcher;
 
 use super::{AuthorityStore, Error, FOLDER, MAX_FILE, ROOTS, pin};
 
-/// Files of a set are copied one after the other; this long after the last change they are read.
+/// Files of a set are copied one after the other; this long after the last change they are read,
 const SETTLE: Duration = Duration::from_millis(300);
-/// A folder that is away, or that cannot be watched, is looked at this often.
-const LOOK: Duration = Duration::from_secs(5);
+/// but no later than this after the first.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What no event tells of, such as a folder behind a link that now leads elsewhere, is looked for this often.
+const LOOK: Duration = Duration::from_secs(3);
+
+type Files = BTreeMap<String, Zeroizing<Vec<u8>>>;
 
 /// An authority in a folder of the user's.
 pub struct BroughtStore {
@@ -25,12 +32,32 @@ pub struct BroughtStore {
     folder: PathBuf,
     passphrase: Option<Zeroizing<Vec<u8>>>,
     watcher: Option<Watcher<()>>,
+    /// As last read; the error in words.
+    files: Option<Result<Files, String>>,
+    /// What this process has issued below, whatever becomes of the data folder.
+    known: Option<TrustBundle>,
 }
 
 impl BroughtStore {
     /// Takes the data folder, whose lock the caller holds and in which the root is remembered, and the user's folder.
     pub fn new(data: Dir, folder: PathBuf, passphrase: Option<Zeroizing<Vec<u8>>>) -> Self {
-        Self { data, folder, passphrase, watcher: None }
+        Self { data, folder, passphrase, watcher: None, files: None, known: None }
+    }
+
+    fn read(&self) -> Result<Files, files::Error> {
+        files::read_named(&self.folder, &authority_files::NAMES, MAX_FILE as u64)
+    }
+
+    fn check_root(&self, known: &TrustBundle, issuer: &Issuer) -> Result<(), Error> {
+        if known.same_roots(issuer.bundle()) {
+            return Ok(());
+        }
+        Err(Error::ChangedRoot {
+            known: pin::fingerprints(known),
+            brought: pin::fingerprints(issuer.bundle()),
+            folder: self.folder.clone(),
+            data: self.data.path().to_owned(),
+        })
     }
 
     fn watch(&self) -> Option<Watcher<()>> {
@@ -44,22 +71,17 @@ impl AuthorityStore for BroughtStore {
     fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
         // Before the files are read, so that a change in between is seen.
         self.watcher = self.watch();
-        let files = files::read_named(&self.folder, &authority_files::NAMES, MAX_FILE as u64)?;
+        let files = self.read();
+        self.files = Some(files.as_ref().map(Clone::clone).map_err(ToString::to_string));
+        let files = files?;
         let passphrase = self.passphrase.as_ref().map(|p| p.as_slice());
         let issuer = authority_files::issuer(&files, passphrase, trust_domain)
             .map_err(|fault| Error::Brought { folder: self.folder.clone(), fault })?;
+        if let Some(known) = &self.known {
+            self.check_root(known, &issuer)?;
+        }
         match pin::folder(&self.data)? {
-            Some(memory) => {
-                let known = pin::known(&self.data, &memory)?;
-                if !known.same_roots(issuer.bundle()) {
-                    return Err(Error::ChangedRoot {
-                        known: pin::fingerprints(&known),
-                        brought: pin::fingerprints(issuer.bundle()),
-                        folder: self.folder.clone(),
-                        data: self.data.path().to_owned(),
-                    });
-                }
-            }
+            Some(memory) => self.check_root(&pin::known(&self.data, &memory)?, &issuer)?,
             None => {
                 let pem = issuer.bundle().pem().clone();
                 self.data.replace_dir(FOLDER, Access::mode(0o700), |folder| {
@@ -69,16 +91,25 @@ impl AuthorityStore for BroughtStore {
             }
         }
         pin::publish(&self.data, issuer.bundle())?;
+        self.known = Some(TrustBundle::clone(issuer.bundle()));
         Ok(issuer)
     }
 
     async fn changed(&mut self) {
-        match &mut self.watcher {
-            Some(watcher) => {
-                watcher.next().await;
-                while tokio::time::timeout(SETTLE, watcher.next()).await.is_ok() {}
+        loop {
+            match &mut self.watcher {
+                Some(watcher) => {
+                    if timeout(LOOK, watcher.next()).await.is_ok() {
+                        let quiet = async { while timeout(SETTLE, watcher.next()).await.is_ok() {} };
+                        // An error means that it never was.
+                        let _ = timeout(PATIENCE, quiet).await;
+                    }
+                }
+                None => sleep(LOOK).await,
             }
-            None => tokio::time::sleep(LOOK).await,
+            if self.files != Some(self.read().map_err(|fault| fault.to_string())) {
+                return;
+            }
         }
     }
 }

@@ -130,10 +130,7 @@ pub fn is_folder(path: &Path) -> bool {
 pub fn read_folder(folder: &Path, limit: u64) -> Result<BTreeMap<String, Zeroizing<Vec<u8>>>, Error> {
     const FILES: usize = 64;
     let failed = |source| Error::Io { path: folder.to_owned(), source };
-    let set = match std::fs::canonicalize(folder.join("..data")) {
-        Ok(set) => set,
-        Err(_) => folder.to_owned(),
-    };
+    let set = set_of(folder);
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(&set).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
@@ -255,7 +252,12 @@ fn read_to(
     Ok(bytes)
 }
 
-/// Reads those of the named files of a folder that are there.
+/// The folder itself, or what it is published through: once resolved, it stays one set.
+fn set_of(folder: &Path) -> PathBuf {
+    std::fs::canonicalize(folder.join("..data")).unwrap_or_else(|_| folder.to_owned())
+}
+
+/// Reads those of the named files of a folder that are there; of one that is published through `..data`, of one set.
 pub fn read_named(
     folder: &Path,
     names: &[&str],
@@ -265,9 +267,10 @@ pub fn read_named(
     if !std::fs::metadata(folder).map_err(failed)?.is_dir() {
         return Err(failed(std::io::ErrorKind::NotADirectory.into()));
     }
+    let set = set_of(folder);
     let mut found = BTreeMap::new();
     for name in names {
-        match read(&folder.join(name), limit) {
+        match read(&set.join(name), limit) {
             Ok(bytes) => {
                 found.insert((*name).to_owned(), bytes);
             }

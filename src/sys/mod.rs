@@ -5,6 +5,7 @@ pub mod clock;
 pub mod dir;
 pub mod files;
 pub mod keys;
+pub mod listen;
 pub mod tree;
 pub mod watch;
 

@@ -1,7 +1,7 @@
 //! The authority's state: never lost, never made twice, brought by the user, taken while running.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,12 +105,12 @@ fn another_trust_domain_is_refused() {
 }
 
 /// A CA of OpenSSL's making, as users bring them.
-struct Brought {
+pub(super) struct Brought {
     folder: tempfile::TempDir,
 }
 
 impl Brought {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let brought = Self { folder: tempfile::tempdir().unwrap() };
         brought.openssl(
             &["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650", "-sha256"],
@@ -142,7 +142,7 @@ impl Brought {
     }
 
     /// An intermediate below the root, with a key of this kind, as four files in a folder.
-    fn intermediate(&self, name: &str, key: &[&str], days: &str) -> PathBuf {
+    pub(super) fn intermediate(&self, name: &str, key: &[&str], days: &str) -> PathBuf {
         let folder = self.path(name);
         fs::create_dir_all(&folder).unwrap();
         self.openssl(&["genpkey", "-out"], |command| {
@@ -176,7 +176,7 @@ impl Brought {
     }
 
     /// Copies the files of an intermediate into a folder, one after the other, as people do.
-    fn put(&self, name: &str, folder: &Path) {
+    pub(super) fn put(&self, name: &str, folder: &Path) {
         let read = |file: String| fs::read_to_string(self.path(&file)).unwrap();
         let (certificate, root) = (read(format!("{name}.pem")), read("root.pem".to_owned()));
         fs::write(folder.join("ca-cert.pem"), &certificate).unwrap();
@@ -186,7 +186,7 @@ impl Brought {
     }
 }
 
-const P256: [&str; 4] = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"];
+pub(super) const P256: [&str; 4] = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"];
 const RSA: [&str; 4] = ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"];
 
 fn openssl_accepts(place: &Place, account: &str) {
@@ -408,5 +408,101 @@ fn an_issuer_that_expires_while_mica_runs_is_waited_for_without_haste() {
     put_intermediate(&folder, &root, now);
     wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
     place.wait_for_account("web", Duration::from_secs(2));
+    mica.stop();
+}
+
+#[test]
+fn a_mounted_authority_is_followed_wherever_its_links_lead() {
+    let (place, brought) = (Place::new(), Brought::new());
+    let root = place.root.path();
+    for name in ["one", "two", "three"] {
+        brought.intermediate(name, &P256, "30");
+    }
+    // As the kubelet mounts a Secret, behind a link of the user's, and named by a relative path.
+    let names = FILES;
+    for (folder, sets) in [("a", ["one", "two"]), ("b", ["three", "three"])] {
+        let folder = root.join(folder);
+        for (n, set) in sets.iter().enumerate() {
+            fs::create_dir_all(folder.join(format!("..{n}"))).unwrap();
+            brought.put(set, &folder.join(format!("..{n}")));
+        }
+        symlink("..0", folder.join("..data")).unwrap();
+        for name in names {
+            symlink(format!("..data/{name}"), folder.join(name)).unwrap();
+        }
+    }
+    symlink("a", root.join("ca")).unwrap();
+    let mica = place.start_command(place.command().args(["--authority", "ca"]).current_dir(root));
+    let issuer_is = |name: &str| {
+        let account = format!("web-{name}");
+        place.account(&account);
+        place.wait_for_account(&account, Duration::from_secs(2));
+        let expected = Certificate::all_from_pem(&fs::read(brought.path(&format!("{name}.pem"))).unwrap());
+        assert_eq!(place.leaf(&account).issuer, expected.unwrap()[0].subject);
+    };
+    let taken = |n| {
+        wait_for(Duration::from_secs(5), "a new issuer", || {
+            (mica.log().matches("has a new issuer").count() == n).then_some(())
+        });
+    };
+    issuer_is("one");
+    let swap = |target: &str, link: PathBuf| {
+        symlink(target, root.join("new")).unwrap();
+        fs::rename(root.join("new"), link).unwrap();
+    };
+    swap("..1", root.join("a/..data"));
+    taken(1);
+    issuer_is("two");
+    swap("b", root.join("ca"));
+    taken(2);
+    issuer_is("three");
+    assert!(!mica.log().contains("not taken"), "a swap is never seen half done");
+
+    // While it is away it is told of once.
+    fs::remove_file(root.join("ca")).unwrap();
+    wait_for(Duration::from_secs(5), "a report", || mica.log().contains("not taken").then_some(()));
+    std::thread::sleep(Duration::from_secs(7));
+    assert_eq!(mica.log().matches("not taken").count(), 1);
+    assert_eq!(mica.page("/readyz").0, 200);
+    mica.stop();
+}
+
+#[test]
+fn an_issuer_that_issues_is_not_given_up_for_one_that_does_not() {
+    let place = Place::new();
+    let now = OffsetDateTime::now_utc();
+    let days = |n: i64| time::Duration::days(n);
+    let root = root_of(now - days(90));
+    let folder = place.root.path().join("ca");
+    put_intermediate(&folder, &root, now);
+    let mica = place.start(&["--authority", folder.to_str().unwrap()]);
+    for (issued, told) in [(now - days(60), "expired"), (now + days(60), "is not valid before")] {
+        put_intermediate(&folder, &root, issued);
+        wait_for(Duration::from_secs(5), told, || mica.log().contains(told).then_some(()));
+        assert_eq!(mica.page("/readyz").0, 200);
+    }
+    // Its time comes two minutes before it was issued.
+    put_intermediate(&folder, &root, now + time::Duration::seconds(130));
+    wait_for(Duration::from_secs(40), "the new issuer", || {
+        mica.log().contains("has a new issuer").then_some(())
+    });
+    assert_eq!(mica.page("/readyz").0, 200);
+    mica.stop();
+}
+
+#[test]
+fn another_root_is_not_taken_even_when_the_memory_of_the_first_is_gone() {
+    let (place, brought, other) = (Place::new(), Brought::new(), Brought::new());
+    let folder = brought.intermediate("one", &P256, "30");
+    let mica = place.start(&["--authority", folder.to_str().unwrap()]);
+    fs::remove_dir_all(place.data().join("authority")).unwrap();
+    for name in ["root-cert.pem", "delivered"] {
+        fs::remove_file(place.data().join(name)).unwrap();
+    }
+    other.intermediate("two", &P256, "30");
+    other.put("two", &folder);
+    wait_for(Duration::from_secs(5), "a refusal", || {
+        mica.log().contains("the root has changed").then_some(())
+    });
     mica.stop();
 }

@@ -2,6 +2,7 @@
 
 mod authority;
 mod delivery;
+mod grpc;
 mod kills;
 mod lifecycle;
 mod rotation;
@@ -180,6 +181,10 @@ impl Mica {
 
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub(crate) fn log_path(&self) -> PathBuf {
+        self.log.clone()
     }
 
     pub(crate) fn report(&self) -> String {

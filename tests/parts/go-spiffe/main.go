@@ -31,6 +31,8 @@ const usage = `usage:
   id [TEXT...]                                       SPIFFE IDs, from standard input (one a line) where none is given
   serve FOLDER --allow ID [--listen ADDRESS]         HTTPS that asks for ID; prints its URL; ends with standard input
   get FOLDER URL --server-id ID                      one request over mutual TLS
+  health ADDRESS --roots FILE --name DNS             a gRPC server's health, over TLS
+    [--tls12] [--service NAME] [--watch]
 `
 
 var errUsage = errors.New("wrong usage")
@@ -64,6 +66,8 @@ func run(args []string) error {
 		return serve(args)
 	case "get":
 		return get(args)
+	case "health":
+		return health(args)
 	}
 	return fmt.Errorf("%w: no command %q", errUsage, command)
 }
