@@ -14,6 +14,11 @@ pub(crate) fn openssl() -> Command {
     Command::new(find("openssl"))
 }
 
+/// The program that runs others with another clock.
+pub(crate) fn faketime() -> PathBuf {
+    find("faketime")
+}
+
 /// The program in `tests/parts/go-spiffe`; its head says what it takes.
 pub(crate) fn go_spiffe() -> PathBuf {
     find("go-spiffe")
@@ -35,9 +40,12 @@ fn find(name: &str) -> PathBuf {
 
 #[test]
 fn every_part_is_there_and_runs() {
-    for (mut program, argument) in
-        [(Command::new(envoy()), "--version"), (openssl(), "version"), (Command::new(go_spiffe()), "id")]
-    {
+    for (mut program, argument) in [
+        (Command::new(envoy()), "--version"),
+        (openssl(), "version"),
+        (Command::new(go_spiffe()), "id"),
+        (Command::new(faketime()), "--version"),
+    ] {
         let output = program
             .arg(argument)
             .stdin(std::process::Stdio::null())

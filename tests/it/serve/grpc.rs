@@ -16,7 +16,7 @@ fn health(place: &Place, mica: &Mica, arguments: &[&str]) -> Command {
     command
 }
 
-fn asked(place: &Place, mica: &Mica, arguments: &[&str]) -> Output {
+pub(super) fn asked(place: &Place, mica: &Mica, arguments: &[&str]) -> Output {
     output_within(&mut health(place, mica, arguments), Duration::from_secs(20))
 }
 

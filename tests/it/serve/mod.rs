@@ -1,6 +1,7 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
 mod authority;
+mod clock;
 mod delivery;
 mod grpc;
 mod kills;
