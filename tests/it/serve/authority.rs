@@ -403,7 +403,7 @@ fn an_issuer_that_expires_while_mica_runs_is_waited_for_without_haste() {
     std::thread::sleep(Duration::from_secs(3));
     let worked = mica.worked() - before;
     assert!(worked < Duration::from_millis(150), "{worked:?} of work in three seconds of waiting");
-    assert_eq!(mica.metric("mica_identities{state=\"Good\"}"), 0.0);
+    assert_eq!(mica.metric("mica_identities{state=\"good\"}"), 0.0);
     assert!(mica.metric("citadel_server_success_cert_issuance_count") - issued <= 3.0);
     put_intermediate(&folder, &root, now);
     wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
