@@ -65,7 +65,7 @@ fn a_clock_set_back_a_year_loses_nothing() {
     mica.stop();
     let mica = start(&place);
     assert_eq!(mica.page("/readyz").0, 503);
-    assert!(mica.report().contains("2 not served yet"), "{}", mica.report());
+    wait_for(NOTICED, "the report", || mica.report().contains("2 not served yet").then_some(()));
     assert_eq!(tree(&place.data().join("secrets")), secrets);
 
     set_clock(&place, "+0d");
