@@ -145,8 +145,15 @@ async fn run_with(
     let (first, first_pass) = oneshot::channel();
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
-        let (authority, started) = (authority.clone(), started.clone());
+        let (authority, started, data) =
+            (authority.clone(), started.clone(), data.try_clone().map_err(fault)?);
         Arc::new(move || {
+            if !data.is_in_its_place() {
+                let place = data.path().display();
+                return Err(format!(
+                    "the data folder {place} is gone: put it back and start mica again; without it the next start makes another root"
+                ));
+            }
             authority.issuer().usable(clock::now()).map_err(|e| e.to_string())?;
             if started.load(Ordering::Relaxed) {
                 Ok(())

@@ -646,6 +646,8 @@ impl FolderSink {
 
     /// Opens the secrets folder again if its path now leads to another folder, or to none; tells whether it did.
     fn refresh_root(&self) -> Result<bool, Error> {
+        // The secrets folder may have gone with it, and would be made again where the next start finds no authority.
+        locked(&self.record).check()?;
         let mut root = locked(&self.root);
         let now = match Dir::open_trusted(&self.path, None) {
             Ok(dir) => Some(dir.stat_self()?),

@@ -95,6 +95,9 @@ pub enum Error {
         "files cannot be delivered with mode {0:04o}; give one of 0400 to 0644 that lets the owner read, and others never write"
     )]
     Mode(u32),
+    /// What would be delivered now would be nobody's after a restart.
+    #[error("nothing is delivered while the data folder {} is gone, with the record of what is delivered", .0.display())]
+    NoRecord(PathBuf),
     /// The record of our folders is not as we write it.
     #[error(
         "line {line} of {} is {text:?}, which mica did not write, so it cannot know which folders are its own; take that line out, or remove the file and all folders that mica delivered", path.display()

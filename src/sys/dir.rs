@@ -352,6 +352,12 @@ impl Dir {
         }
     }
 
+    /// Whether the path still leads to this folder: it was not deleted or moved, and nothing was mounted over it.
+    pub fn is_in_its_place(&self) -> bool {
+        let found = fs::stat(&self.path).map(Stat::from);
+        matches!((found, self.stat_self()), (Ok(found), Ok(own)) if found.is_same_file(&own))
+    }
+
     /// Whether this folder has been deleted while it was open.
     pub fn is_deleted(&self) -> Result<bool, Error> {
         match fs::fstat(&self.fd) {

@@ -100,8 +100,14 @@ impl Record {
         Ok((Self { data, log, others, heading, live }, recorded))
     }
 
+    /// Fails when the record would be lost with the data folder, which was removed or moved.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if self.data.is_in_its_place() { Ok(()) } else { Err(Error::NoRecord(self.data.path().to_owned())) }
+    }
+
     /// Adds lines, all or none.
     pub(super) fn add<'a>(&mut self, lines: impl IntoIterator<Item = Line<'a>>) -> Result<(), Error> {
+        self.check()?;
         let mut text = String::new();
         let mut live = self.live;
         for line in lines {

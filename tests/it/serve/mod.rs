@@ -3,6 +3,7 @@
 mod authority;
 mod clock;
 mod delivery;
+mod disk;
 mod grpc;
 mod kills;
 mod lifecycle;
@@ -161,13 +162,7 @@ impl Mica {
 
     /// An HTTP page: its status and its text.
     pub(crate) fn page(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(self.address("http")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+        page(&self.address("http"), path)
     }
 
     /// The value of a metric, by its name with labels.
@@ -232,6 +227,16 @@ impl Drop for Mica {
             eprintln!("{}", self.log());
         }
     }
+}
+
+pub(crate) fn page(address: &str, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
 pub(crate) fn wait_for<T>(within: Duration, what: &str, mut find: impl FnMut() -> Option<T>) -> T {
