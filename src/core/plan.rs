@@ -138,18 +138,13 @@ pub struct Policy {
     pub issuer_not_after: OffsetDateTime,
 }
 
-/// Decides for one account. `desired` is whether it should have an identity; an account that is not desired is left
-/// alone while it is not `settled` who is.
+/// Decides for one account. `desired` is whether it should have an identity. While it is not `settled` who is, what was
+/// delivered is kept, and kept good: a file that cannot be read may name its account.
 pub fn step(desired: bool, settled: bool, observed: &Observed, now: OffsetDateTime, policy: &Policy) -> Step {
-    match (desired, observed) {
+    match (desired || !settled, observed) {
         (_, Observed::Foreign(_)) | (false, Observed::Absent) => Step::Nothing,
-        (false, _) => {
-            if settled {
-                Step::Remove
-            } else {
-                Step::Nothing
-            }
-        }
+        (true, Observed::Absent) if !desired => Step::Nothing,
+        (false, _) => Step::Remove,
         (true, Observed::Absent) => Step::Deliver(Why::New),
         (true, Observed::Bad(fault)) => Step::Deliver(Why::Repair(fault.clone())),
         (true, Observed::Good(good)) if now < good.renew_at => Step::Wait(good.renew_at),
@@ -198,8 +193,9 @@ mod tests {
             (false, true, Observed::Absent, Step::Nothing),
             (false, true, bad(), Step::Remove),
             (false, true, fresh, Step::Remove),
-            (false, false, due, Step::Nothing),
-            (false, false, bad(), Step::Nothing),
+            (false, false, due, Step::Deliver(Why::Renewal)),
+            (false, false, bad(), Step::Deliver(Why::Repair("gone".to_owned()))),
+            (false, false, Observed::Absent, Step::Nothing),
         ] {
             assert_eq!(
                 step(desired, settled, &observed, NOW, &policy()),

@@ -262,8 +262,8 @@ impl<S: Sink> Reconciler<S> {
                         concerned.push(account);
                     }
                 }
-                if change.settled && !self.settled {
-                    // What was delivered by an earlier process, and what had to wait for an unreadable part.
+                if !self.settled {
+                    // What was delivered by an earlier process: kept until all parts have been readable, then removed.
                     let known: Vec<_> = self
                         .sink
                         .recorded()

@@ -139,6 +139,20 @@ fn an_account_that_went_while_mica_was_away_is_removed_and_an_unreadable_one_is_
 }
 
 #[test]
+fn an_account_whose_file_broke_while_mica_was_away_is_kept_fresh() {
+    let place = Place::new();
+    place.account("web");
+    place.start(&["--ttl", "12s"]).stop();
+    let serial = place.serial("web");
+    fs::write(place.source().join("web.yaml"), "{").unwrap();
+    let mica = place.start(&["--ttl", "12s"]);
+    place.wait_for_another("web", &serial, Duration::from_secs(9));
+    fs::remove_file(place.source().join("web.yaml")).unwrap();
+    wait_for(REPAIRED, "the removal of web", || (!place.folder("shop", "web").exists()).then_some(()));
+    mica.stop();
+}
+
+#[test]
 fn every_damage_is_repaired_with_a_new_key() {
     let place = Place::new();
     for account in ["web", "other"] {
