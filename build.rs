@@ -1,10 +1,24 @@
 //! Compiles the protocols in `proto/`, without `protoc`.
 
+use std::path::PathBuf;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     // The unwinder from the C compiler's archive: the program then needs the C library and nothing else.
     println!("cargo::rustc-link-arg-bins=-Wl,--whole-archive,-l:libgcc_eh.a,--no-whole-archive");
-    let files = protox::compile(["grpc/health/v1/health.proto"], ["proto"])?;
-    tonic_prost_build::configure().build_client(false).compile_fds(files)?;
+    let served = [
+        "grpc/health/v1/health.proto",
+        "istio/v1/auth/ca.proto",
+        "istio/v1/auth/istio_ca.proto",
+        "mica/v1/identity.proto",
+        "google/rpc/error_details.proto",
+    ];
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler.include_imports(true).open_files(served)?;
+    // What reflection tells those who ask.
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
+    let files = compiler.file_descriptor_set();
+    tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

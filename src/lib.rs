@@ -4,7 +4,10 @@
 
 pub mod admin;
 pub mod app;
+pub mod auth;
 pub mod authority;
+pub mod client;
+pub mod cluster;
 pub mod config;
 pub mod core;
 pub mod proto;

@@ -29,12 +29,17 @@ const ROOMS: &[Room] = &[
     Room { name: "sink",      rank: 3, may: &["core", "sys"] },
     Room { name: "authority", rank: 4, may: &["core", "sys", "telemetry", "store::"] },
     Room { name: "reconcile", rank: 5, may: &["core", "sys", "telemetry", "authority", "source::", "sink::"] },
-    Room { name: "serve",     rank: 5, may: &["core", "sys", "proto", "authority"] },
+    Room { name: "auth",      rank: 5, may: &["core", "sys", "telemetry", "authority"] },
+    // Implements the traits of others on an API server.
+    Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "auth::", "source::"] },
+    Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "proto", "authority", "auth"] },
     Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
+    // The client's side of the CSR API: what the commands that ask a running Mica share.
+    Room { name: "client",    rank: 6, may: &["core", "sys", "proto"] },
     Room { name: "config",    rank: 7, may: &["core", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
-    Room { name: "tool",      rank: 8, may: &["core", "sys", "config"] },
-    Room { name: "app",       rank: 8, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "reconcile", "serve", "admin", "config"] },
+    Room { name: "tool",      rank: 8, may: &["core", "sys", "client", "auth", "config"] },
+    Room { name: "app",       rank: 8, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "admin", "config"] },
     // Of core, how to keep a line one line.
     Room { name: "main",      rank: 9, may: &["core::inspect", "telemetry", "tool", "config", "app"] },
     // lib.rs lists the rooms and does nothing else.

@@ -5,6 +5,7 @@
 
 pub mod authority_files;
 pub mod bundle;
+pub mod caller;
 pub mod certificate;
 pub mod chain;
 mod check;
@@ -17,5 +18,6 @@ pub mod lifetime;
 pub mod pem;
 pub mod plan;
 pub mod profile;
+pub mod refusal;
 pub mod rotation;
 pub mod spiffe;

@@ -1,10 +1,33 @@
 //! Generated from `proto/` by the build; nothing here is written by hand.
 #![allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
 
+/// All of `proto/`, for reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+pub mod google {
+    pub mod rpc {
+        tonic::include_proto!("google.rpc");
+    }
+}
+
 pub mod grpc {
     pub mod health {
         pub mod v1 {
             tonic::include_proto!("grpc.health.v1");
         }
+    }
+}
+
+pub mod istio {
+    pub mod v1 {
+        pub mod auth {
+            tonic::include_proto!("istio.v1.auth");
+        }
+    }
+}
+
+pub mod mica {
+    pub mod v1 {
+        tonic::include_proto!("mica.v1");
     }
 }

@@ -1,0 +1,1 @@
+//! The client's side of the CSR API: connecting to a running Mica and asking it.

@@ -1,0 +1,1 @@
+//! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
