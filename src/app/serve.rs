@@ -17,16 +17,18 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::addresses::Addresses;
-use super::report;
+use super::{report, tokens};
 use crate::admin;
+use crate::auth::token::Tokens;
+use crate::auth::{Accounts, CertificateAuthenticator, trial};
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::{Args, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::{self, Event, Reconciler};
-use crate::serve;
 use crate::serve::tls::{Names, ServingCertificate};
+use crate::serve::{self, Requests};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
@@ -131,6 +133,7 @@ async fn run_with(
     let metrics = reconcile::Metrics::default();
     metrics.register(&mut registry);
     authority.register(&mut registry);
+    let csr_metrics = serve::Metrics::register(&mut registry);
     registry.register_collector(Box::new(SourceFaults(source.faults())));
 
     let (stop, stopped) = watch::channel(false);
@@ -162,6 +165,17 @@ async fn run_with(
             }
         })
     };
+    let tokens = Tokens::new(None);
+    tokens.take(tokens::issuers(&args, &data).await?);
+    tokens.register(&mut registry);
+    let accounts = Arc::new(Accounts::default());
+    let requests = Arc::new(Requests::new(
+        authority.clone(),
+        vec![Box::new(tokens.clone()), Box::new(CertificateAuthenticator::new(authority.clone()))],
+        accounts.clone(),
+        (args.ttl, args.max_ttl),
+        csr_metrics,
+    ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
 
     let mut tasks = JoinSet::new();
@@ -176,7 +190,13 @@ async fn run_with(
     });
     let source_events = events.clone();
     tasks.spawn(until(stopping(), async move {
-        while source_events.send(Event::Source(source.next().await)).await.is_ok() {}
+        loop {
+            let change = source.next().await;
+            accounts.take(&change.added, &change.removed, change.settled);
+            if source_events.send(Event::Source(change)).await.is_err() {
+                return;
+            }
+        }
     }));
     let sink_events = events.clone();
     // What the first pass writes needs no second look, and whoever waits for it should not wait for watches too.
@@ -186,6 +206,7 @@ async fn run_with(
         while sink_events.send(Event::Disturbed(sink.disturbed().await)).await.is_ok() {}
     }));
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
@@ -209,7 +230,7 @@ async fn run_with(
     let (ends, cut) = (stopping(), cut_off());
     tasks.spawn(async move {
         tokio::select! {
-            served = serve::serve(grpc, open_files, certificate, ready, ends) => served.map_err(fault),
+            served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });
@@ -230,6 +251,7 @@ async fn run_with(
     };
     stop.send_replace(true);
     Addresses::withdraw(&data).map_err(fault)?;
+    trial::withdraw(&data).map_err(fault)?;
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),

@@ -8,6 +8,7 @@ mod intermediate;
 mod reference;
 mod root;
 mod sign;
+mod token;
 mod verify;
 
 use std::path::Path;
@@ -15,7 +16,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
-use crate::config::cli::{BundleCommand, Command, CsrCommand, IntermediateCommand, RootCommand};
+use crate::config::cli::{
+    BundleCommand, Command, CsrCommand, IntermediateCommand, RootCommand, TokenCommand,
+};
 use crate::core::bundle::{self as core_bundle, TrustBundle};
 use crate::core::certificate::Certificate;
 use crate::core::inspect::{distance, one_line};
@@ -119,6 +122,9 @@ pub enum Error {
     /// An O that does not fit.
     #[error("{0}; give another with --organization")]
     Organization(#[from] profile::OrganizationError),
+    /// No trial issuer.
+    #[error(transparent)]
+    Trial(#[from] crate::auth::trial::Error),
     /// What was asked for does not go together.
     #[error("{0}")]
     Usage(String),
@@ -145,6 +151,7 @@ pub fn run(command: Command) -> Option<Result<Report, Error>> {
         Command::Root(RootCommand::New(arguments)) => root::new(&arguments),
         Command::Intermediate(IntermediateCommand::New(arguments)) => intermediate::new(&arguments),
         Command::Csr(CsrCommand::New(arguments)) => csr::new(&arguments),
+        Command::Token(TokenCommand::New(arguments)) => token::new(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Verify(arguments) => verify::verify(&arguments),

@@ -6,6 +6,7 @@
 
 mod json;
 pub mod jwks;
+pub mod trial;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
