@@ -59,8 +59,11 @@ pub enum Subjects {
         uids: bool,
     },
     /// The account that each subject is mapped to, if it is.
-    Mapped(Box<dyn Fn(&str) -> Option<ServiceAccount> + Send + Sync>),
+    Mapped(Map),
 }
+
+/// The account of a subject.
+pub type Map = Box<dyn Fn(&str) -> Option<ServiceAccount> + Send + Sync>;
 
 /// Which tokens of service accounts the API server is asked about.
 pub struct Review {
@@ -305,11 +308,7 @@ async fn verified(issuer: &Issuer, token: Token<'_>) -> Result<(Claims, u64), Re
     }
 }
 
-fn mapped(
-    issuer: &Issuer,
-    claims: &Claims,
-    map: &dyn Fn(&str) -> Option<ServiceAccount>,
-) -> Result<Caller, Refusal> {
+fn mapped(issuer: &Issuer, claims: &Claims, map: &Map) -> Result<Caller, Refusal> {
     let subject = claims.subject()?;
     let account = map(subject).ok_or_else(|| {
         let shown = one_line(&shortened(subject));

@@ -27,18 +27,18 @@ pub enum Error {
     #[error("cannot fetch {url}: {fault}")]
     Failed {
         /// From where.
-        url: Url,
+        url: String,
         /// What happened.
         fault: String,
     },
     /// Not in time.
     #[error("cannot fetch {0}: no answer within {WITHIN:?}")]
-    Late(Url),
+    Late(String),
     /// Another answer than the document.
     #[error("cannot fetch {url}: the server answered {status}")]
     Status {
         /// From where.
-        url: Url,
+        url: String,
         /// The answer.
         status: StatusCode,
     },
@@ -48,7 +48,7 @@ pub enum Error {
     )]
     Elsewhere {
         /// From where.
-        url: Url,
+        url: String,
         /// The other place.
         to: String,
     },
@@ -56,7 +56,7 @@ pub enum Error {
     #[error("cannot fetch {url}: it is longer than {limit} bytes")]
     TooLong {
         /// From where.
-        url: Url,
+        url: String,
         /// The bound.
         limit: usize,
     },
@@ -65,11 +65,13 @@ pub enum Error {
 /// Fetches a document. Nothing of the connection is kept, since the next one is minutes away; the system's trust roots
 /// are read each time, so that a change of theirs counts.
 pub async fn get(url: &Url, limit: usize) -> Result<Vec<u8>, Error> {
-    tokio::time::timeout(WITHIN, fetch(url, limit)).await.unwrap_or_else(|_| Err(Error::Late(url.clone())))
+    tokio::time::timeout(WITHIN, fetch(url, limit))
+        .await
+        .unwrap_or_else(|_| Err(Error::Late(url.to_string())))
 }
 
 async fn fetch(url: &Url, limit: usize) -> Result<Vec<u8>, Error> {
-    let failed = |fault: String| Error::Failed { url: url.clone(), fault };
+    let failed = |fault: String| Error::Failed { url: url.to_string(), fault };
     let ring = rustls::crypto::ring::default_provider();
     let roots = |e: std::io::Error| Error::Roots(super::reason(&e));
     let builder = HttpsConnectorBuilder::new();
@@ -112,14 +114,14 @@ async fn fetch(url: &Url, limit: usize) -> Result<Vec<u8>, Error> {
         let to =
             response.headers().get(LOCATION).map(|to| String::from_utf8_lossy(to.as_bytes()).into_owned());
         let to = one_line(&shortened(&to.unwrap_or_else(|| "another place".to_owned())));
-        return Err(Error::Elsewhere { url: url.clone(), to });
+        return Err(Error::Elsewhere { url: url.to_string(), to });
     }
     if status != StatusCode::OK {
-        return Err(Error::Status { url: url.clone(), status });
+        return Err(Error::Status { url: url.to_string(), status });
     }
     match Limited::new(response.into_body(), limit).collect().await {
         Ok(body) => Ok(body.to_bytes().to_vec()),
-        Err(fault) if fault.is::<LengthLimitError>() => Err(Error::TooLong { url: url.clone(), limit }),
+        Err(fault) if fault.is::<LengthLimitError>() => Err(Error::TooLong { url: url.to_string(), limit }),
         Err(fault) => Err(failed(chain(&*fault))),
     }
 }

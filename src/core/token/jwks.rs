@@ -308,7 +308,7 @@ fn rsa(jwk: &json::Object) -> Result<Public, String> {
     // ring's own bound is below 2^33.
     let exponent = (e.len() <= 5).then(|| e.iter().fold(0u64, |value, byte| value << 8 | u64::from(*byte)));
     match exponent {
-        Some(exponent) if exponent >= 65_537 && exponent < 1 << 33 && exponent % 2 == 1 => {}
+        Some(exponent) if (65_537..1 << 33).contains(&exponent) && exponent % 2 == 1 => {}
         Some(exponent) => return Err(format!("is an RSA key with the exponent {exponent}; 65537 is usual")),
         None => return Err(format!("is an RSA key with an exponent of {} bytes", e.len())),
     }
