@@ -134,6 +134,9 @@ impl Tokens {
 
     /// Registers what is counted.
     pub fn register(self: &Arc<Self>, registry: &mut Registry) {
+        for how in ["remembered", "verified", "reviewed"] {
+            let _ = self.checks.get_or_create(&Check { how });
+        }
         registry.register(
             "mica_token_checks",
             "Tokens found good: remembered, verified or reviewed",
