@@ -1,6 +1,7 @@
 //! The gRPC listener: TLS with Mica's own leaf, and the services behind it.
 
 mod health;
+pub mod queue;
 pub mod tls;
 
 use std::future::Future;
