@@ -16,7 +16,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Registry, Unit};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -66,12 +66,12 @@ impl Queue {
     /// Whose turn a request would use.
     pub fn flow(&self, evidence: &Evidence<'_>) -> Flow {
         let header = |name| evidence.metadata.get(name).map(|value| tail(value.as_bytes()));
-        let leaf = evidence.certificates.first().map(|leaf| tail(leaf));
+        let leaf = evidence.peer.certificates.first().map(|leaf| tail(leaf));
         let credential = match header("authorization") {
             Some(token) => self.0.hasher.hash_one(token),
             None => self.0.hasher.hash_one((leaf, header("x-forwarded-client-cert"))),
         };
-        Flow { source: network(evidence.source), credential }
+        Flow { source: network(evidence.peer.source), credential }
     }
 
     /// Waits for a turn. Whoever stops waiting leaves no hole.
@@ -126,9 +126,10 @@ impl Queue {
             "Requests that were sent away because too many were waiting",
             self.0.full.clone(),
         );
-        registry.register(
-            "mica_queue_wait_seconds",
+        registry.register_with_unit(
+            "mica_queue_wait",
             "How long requests waited for their turn",
+            Unit::Seconds,
             self.0.wait.clone(),
         );
         registry.register_collector(Box::new(Length(self.0.clone())));
@@ -230,6 +231,7 @@ mod tests {
     use tonic::metadata::MetadataMap;
 
     use super::*;
+    use crate::auth::Peer;
 
     fn flow(source: u8, credential: u64) -> Flow {
         Flow { source: IpAddr::from([10, 0, 0, source]), credential }
@@ -375,9 +377,8 @@ mod tests {
             if let Some(token) = token {
                 metadata.insert("authorization", token.parse().unwrap());
             }
-            let certificates = Arc::from(vec![CertificateDer::from(leaf.to_vec())]);
-            let source = source.parse().unwrap();
-            queue.flow(&Evidence { source, certificates: &certificates, metadata: &metadata })
+            let peer = Peer::new(source.parse().unwrap(), [CertificateDer::from(leaf.to_vec())].into());
+            queue.flow(&Evidence { peer: &Arc::new(peer), metadata: &metadata })
         };
         let one = flow("2001:db8::1", Some("Bearer one"), b"leaf");
         assert_eq!(one, flow("2001:db8::ffff:ffff:ffff:ffff", Some("Bearer one"), b"other leaf"));
