@@ -27,7 +27,7 @@ use tonic::transport::server::Connected;
 
 pub use codes::DOMAIN;
 pub use metrics::Metrics;
-pub use requests::Requests;
+pub use requests::{Ask, Requests, Wishes};
 
 use crate::auth::Peer;
 use crate::proto::DESCRIPTORS;
