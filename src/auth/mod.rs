@@ -7,6 +7,7 @@
 
 mod accounts;
 mod certificate;
+mod forwarded;
 
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -22,6 +23,7 @@ use crate::core::spiffe::ServiceAccount;
 
 pub use accounts::Accounts;
 pub use certificate::CertificateAuthenticator;
+pub use forwarded::{ForwardedAuthenticator, Trusted};
 
 /// An answer that may have to be waited for.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

@@ -61,12 +61,14 @@ pub struct Cause<'a> {
     pub authenticator: Option<&'static str>,
     /// Where the caller is.
     pub source: Option<IpAddr>,
+    /// The trace that the caller's request belongs to.
+    pub trace: Option<&'a str>,
 }
 
 impl<'a> Cause<'a> {
     /// Without a caller: Mica issues of itself.
     pub fn own(why: &'a str) -> Self {
-        Self { why, authenticator: None, source: None }
+        Self { why, authenticator: None, source: None, trace: None }
     }
 }
 
@@ -90,7 +92,7 @@ impl Authority {
             .map_err(Error::from)
             .and_then(|serial| Ok(issuer.issue(order, now, serial)?))
             .inspect_err(|e| self.metrics.failed(e.reason()))?;
-        let Cause { why, authenticator, source } = cause;
+        let Cause { why, authenticator, source, trace } = cause;
         self.metrics.issued(why);
         let identity = order.profile.name();
         let not_after = issued.validity.not_after.format(&Rfc3339).unwrap_or_default();
@@ -101,6 +103,7 @@ impl Authority {
             why,
             authenticator,
             source = source.map(tracing::field::display),
+            trace,
             "certificate issued"
         );
         Ok(Grant { issued, issuer })

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 use tokio::time::Instant;
-use tracing::Instrument as _;
+use tracing::{Instrument as _, debug_span};
 
 use super::metrics::Metrics;
 use crate::auth::{Authenticator, Evidence, Life, Liveness};
 use crate::authority::{self, Authority, Cause, Grant};
-use crate::core::caller::{Bound, Caller, Proof};
+use crate::core::caller::{Caller, Object, Proof};
 use crate::core::csr::{self, CheckedCsr};
 use crate::core::issuer::{self, Order};
 use crate::core::lifetime::Lifetime;
@@ -63,11 +63,12 @@ impl Requests {
         Self { authority, authenticators, liveness, limits, metrics }
     }
 
-    /// Issues what is asked for, or says why not. Each request is one span with its phases, one line in the log, and one
-    /// more in the metrics.
+    /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
+    /// log, and one more in the metrics.
     pub async fn grant(&self, ask: &Ask<'_>, evidence: &Evidence<'_>) -> Result<Grant, Refusal> {
         let begun = Instant::now();
-        let span = tracing::debug_span!("request", method = ask.method, source = %evidence.peer.source);
+        let trace = trace_id(evidence);
+        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
         let mut caller = None;
         let granted = self.try_grant(ask, evidence, &mut caller).instrument(span).await;
         let authenticator = caller.as_ref().map(|caller: &Caller| caller.proof.name());
@@ -82,6 +83,7 @@ impl Requests {
                 account = account.as_ref().map(tracing::field::display),
                 authenticator,
                 source = %evidence.peer.source,
+                trace,
                 "request refused"
             );
         }
@@ -95,8 +97,10 @@ impl Requests {
         known: &mut Option<Caller>,
     ) -> Result<Grant, Refusal> {
         let now = clock::now();
-        let caller = self.authenticate(evidence, now).await?;
+        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
         let caller = known.insert(caller);
+        self.lives(caller).instrument(debug_span!("liveness")).await?;
+        let authorize = debug_span!("authorize").entered();
         let identity = self.identity(caller, ask.wishes.as_ref().map_err(Clone::clone)?)?;
         let csr = CheckedCsr::from_pem(ask.csr).map_err(unusable_csr)?;
         self.compare(ask, &csr, &identity)?;
@@ -117,57 +121,71 @@ impl Requests {
             why: "request",
             authenticator: Some(caller.proof.name()),
             source: Some(evidence.peer.source),
+            trace: trace_id(evidence),
         };
+        drop(authorize);
+        let _sign = debug_span!("sign").entered();
         self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
     }
 
-    /// Who is asking, and that it lives.
+    /// Who is asking.
     async fn authenticate(&self, evidence: &Evidence<'_>, now: OffsetDateTime) -> Result<Caller, Refusal> {
         let Some(authenticator) = self.authenticators.iter().find(|a| a.applies(evidence)) else {
             let sentence = "no credential came with the request; send a service account token as \
                             `authorization: Bearer …`, or connect with a certificate of this authority";
             return Err(Refusal::new(Reason::NoCredential, sentence));
         };
-        let caller = authenticator.judge(evidence, now).await?;
-        self.lives(&caller).await?;
-        Ok(caller)
+        authenticator.judge(evidence, now).await
     }
 
+    /// That everybody who vouches lives: the account, the pod that its token was made for, the proxy that speaks for it.
     async fn lives(&self, caller: &Caller) -> Result<(), Refusal> {
-        let nothing = Bound::default();
-        let bound = match &caller.proof {
-            Proof::Token { bound, .. } => bound,
-            _ => &nothing,
-        };
         let account = &caller.account;
-        let unknown = |what: String, why: String| {
-            let sentence = format!("whether {what} lives cannot be known now; try again");
-            Err(Refusal::new(Reason::LivenessUnknown, sentence).with_detail(why))
-        };
-        match self.liveness.account(account, bound.account_uid.as_deref()).await {
-            Life::Alive => {}
+        match &caller.proof {
+            Proof::Token { bound, .. } => {
+                self.account_lives(account, bound.account_uid.as_deref()).await?;
+                match &bound.pod {
+                    Some(pod) => self.pod_lives(account.namespace(), pod).await,
+                    None => Ok(()),
+                }
+            }
+            Proof::Forwarded { proxy } => {
+                if let Some(proxy) = ServiceAccount::of(proxy) {
+                    self.account_lives(&proxy, None).await?;
+                }
+                self.account_lives(account, None).await
+            }
+            Proof::Certificate { .. } | Proof::Oidc { .. } => self.account_lives(account, None).await,
+        }
+    }
+
+    async fn account_lives(&self, account: &ServiceAccount, uid: Option<&str>) -> Result<(), Refusal> {
+        match self.liveness.account(account, uid).await {
+            Life::Alive => Ok(()),
             Life::Gone => {
                 let sentence = format!("the service account {account} does not exist");
-                return Err(Refusal::new(Reason::AccountGone, sentence));
+                Err(Refusal::new(Reason::AccountGone, sentence))
             }
             Life::Replaced => {
                 let sentence = format!(
                     "the service account {account} is another one than the token's, which was deleted; get a new token"
                 );
-                return Err(Refusal::new(Reason::AccountReplaced, sentence));
+                Err(Refusal::new(Reason::AccountReplaced, sentence))
             }
-            Life::Unknown(why) => return unknown(format!("the service account {account}"), why),
+            Life::Unknown(why) => Err(unknown(&format!("the service account {account}"), why)),
         }
-        let Some(pod) = &bound.pod else { return Ok(()) };
-        match self.liveness.pod(account.namespace(), pod).await {
+    }
+
+    async fn pod_lives(&self, namespace: &str, pod: &Object) -> Result<(), Refusal> {
+        let name = &pod.name;
+        match self.liveness.pod(namespace, pod).await {
             Life::Alive => Ok(()),
             Life::Gone | Life::Replaced => {
-                let (namespace, name) = (account.namespace(), &pod.name);
                 let sentence =
                     format!("the pod {namespace}/{name} that the token was made for does not exist");
                 Err(Refusal::new(Reason::PodGone, sentence))
             }
-            Life::Unknown(why) => unknown(format!("the pod {}/{}", account.namespace(), pod.name), why),
+            Life::Unknown(why) => Err(unknown(&format!("the pod {namespace}/{name}"), why)),
         }
     }
 
@@ -204,6 +222,18 @@ impl Requests {
         }
         Ok(())
     }
+}
+
+/// The trace that the request belongs to (W3C Trace Context, `traceparent`), so that a line in the log is found by it.
+fn trace_id<'a>(evidence: &Evidence<'a>) -> Option<&'a str> {
+    let parent = evidence.metadata.get("traceparent")?.to_str().ok()?;
+    let id = parent.strip_prefix("00-").filter(|_| parent.len() == 55)?.get(..32)?;
+    id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')).then_some(id)
+}
+
+fn unknown(what: &str, why: String) -> Refusal {
+    let sentence = format!("whether {what} lives cannot be known now; try again");
+    Refusal::new(Reason::LivenessUnknown, sentence).with_detail(why)
 }
 
 fn unusable_csr(fault: csr::Error) -> Refusal {

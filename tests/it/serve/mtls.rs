@@ -78,6 +78,32 @@ async fn a_delivered_certificate_is_renewed_for_its_own_identity_and_no_other() 
     mica.stop();
 }
 
+/// What a trace exporter will send is already what the log tells at the level debug.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_one_span_with_its_phases() {
+    let place = Place::new();
+    place.account("web");
+    let mica = place.start(&["--log-level", "debug", "--log-format", "json"]);
+    place.leaf("web");
+    let channel = connect(&mica, &place, Some(&place.folder("shop", "web"))).await;
+    let mut request = tonic::Request::new(ask(csr(WEB)));
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let parent = format!("00-{trace}-b7ad6b7169203331-01");
+    request.metadata_mut().insert("traceparent", parent.parse().unwrap());
+    IstioCertificateServiceClient::new(channel).create_certificate(request).await.unwrap();
+    let log = mica.log();
+    mica.stop();
+    let ended = log.lines().filter(|line| line.contains("\"message\":\"close\""));
+    let ended: Vec<serde_json::Value> = ended.map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<_> = ended
+        .iter()
+        .filter(|line| line["target"] == "mica::serve::requests")
+        .map(|line| line["span"]["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["authenticate", "liveness", "authorize", "sign", "request"], "{log}");
+    assert!(ended.iter().any(|line| line["span"]["trace"] == trace), "{log}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_certificate_without_a_credential() {
     let place = Place::new();
