@@ -5,6 +5,7 @@
 
 pub mod authority_files;
 pub mod bundle;
+pub mod calendar;
 pub mod caller;
 pub mod certificate;
 pub mod chain;
@@ -19,6 +20,7 @@ pub mod key;
 pub mod lifetime;
 pub mod pem;
 pub mod plan;
+pub mod policy;
 pub mod profile;
 pub mod refusal;
 pub mod rotation;
