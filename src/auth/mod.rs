@@ -9,6 +9,7 @@ mod accounts;
 mod certificate;
 mod forwarded;
 pub mod keys;
+pub mod oidc;
 pub mod token;
 pub mod trial;
 
