@@ -4,6 +4,7 @@ mod authority;
 mod clock;
 mod delivery;
 mod disk;
+mod flood;
 mod grpc;
 mod kills;
 mod lifecycle;
