@@ -18,9 +18,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::addresses::Addresses;
-use super::report;
+use super::{report, tokens};
 use crate::admin;
-use crate::auth::{Accounts, CertificateAuthenticator};
+use crate::auth::token::Tokens;
+use crate::auth::{Accounts, CertificateAuthenticator, trial};
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::{Args, ServingName};
@@ -168,10 +169,13 @@ async fn run_with(
             }
         })
     };
+    let tokens = Tokens::new(None);
+    tokens.take(tokens::issuers(&args, &data).await?);
+    tokens.register(&mut registry);
     let accounts = Arc::new(Accounts::default());
     let requests = Arc::new(Requests::new(
         authority.clone(),
-        vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
+        vec![Box::new(tokens.clone()), Box::new(CertificateAuthenticator::new(authority.clone()))],
         accounts.clone(),
         (args.ttl, args.max_ttl),
         queue,
@@ -207,6 +211,7 @@ async fn run_with(
         while sink_events.send(Event::Disturbed(sink.disturbed().await)).await.is_ok() {}
     }));
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
@@ -251,6 +256,7 @@ async fn run_with(
     };
     stop.send_replace(true);
     Addresses::withdraw(&data).map_err(fault)?;
+    trial::withdraw(&data).map_err(fault)?;
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),

@@ -8,6 +8,9 @@
 mod accounts;
 mod certificate;
 mod forwarded;
+pub mod keys;
+pub mod token;
+pub mod trial;
 
 use std::net::IpAddr;
 use std::pin::Pin;
