@@ -5,6 +5,7 @@
 
 mod cli;
 mod conformance;
+mod csr_api;
 mod docs;
 mod envoy;
 mod fixtures;

@@ -1,6 +1,6 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
-mod authority;
+pub(crate) mod authority;
 mod clock;
 mod delivery;
 mod disk;
