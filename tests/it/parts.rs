@@ -24,6 +24,11 @@ pub(crate) fn go_spiffe() -> PathBuf {
     find("go-spiffe")
 }
 
+/// A program of Kubernetes' control plane, etcd among them.
+pub(crate) fn kubernetes(name: &str) -> PathBuf {
+    find("kubernetes").with_file_name(name)
+}
+
 fn find(name: &str) -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parts/part");
     let output = Command::new(&script)
@@ -45,6 +50,9 @@ fn every_part_is_there_and_runs() {
         (openssl(), "version"),
         (Command::new(go_spiffe()), "id"),
         (Command::new(faketime()), "--version"),
+        (Command::new(kubernetes("etcd")), "--version"),
+        (Command::new(kubernetes("kube-apiserver")), "--version"),
+        (Command::new(kubernetes("kube-controller-manager")), "--version"),
     ] {
         let output = program
             .arg(argument)
