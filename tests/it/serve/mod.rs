@@ -183,8 +183,11 @@ impl Mica {
         self.log.clone()
     }
 
+    /// What it said on standard output, in one write, once it had published its addresses.
     pub(crate) fn report(&self) -> String {
-        fs::read_to_string(&self.report).unwrap_or_default()
+        wait_for(Duration::from_secs(10), "the report", || {
+            fs::read_to_string(&self.report).ok().filter(|report| !report.is_empty())
+        })
     }
 
     pub(crate) fn pid(&self) -> u32 {
