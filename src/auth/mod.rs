@@ -5,6 +5,8 @@
 //! through small traits: whether an object lives ([`Liveness`]), what an issuer's keys are ([`KeySource`]), what the API
 //! server says of a token ([`Reviewer`]), who runs on a node ([`Nodes`]).
 
+pub mod impersonation;
+
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;

@@ -89,17 +89,17 @@ impl ControlPlane {
         self.client.get_or_init(|| client_of(&self.kubeconfig("admin"))).clone()
     }
 
-    /// A client with the certificate of a user, who is made and may do nothing unless told so.
-    pub(crate) fn client_as(&self, user: &str) -> Client {
-        client_of(&self.kubeconfig_of(user))
-    }
-
-    /// The path of a kubeconfig for a user.
+    /// The path of a kubeconfig for a user, who is made and may do nothing unless told so.
     pub(crate) fn kubeconfig_of(&self, user: &str) -> PathBuf {
         if !self.kubeconfig(user).exists() {
             self.write_kubeconfig(user, None);
         }
         self.kubeconfig(user)
+    }
+
+    /// Whether a user has been made.
+    pub(crate) fn knows(&self, user: &str) -> bool {
+        self.kubeconfig(user).exists()
     }
 
     /// Lets a user do what the rules of a cluster role say.
@@ -292,7 +292,10 @@ impl ControlPlane {
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.ca).unwrap();
-        (pem::encode(pem::CERTIFICATE, certificate.der()), pem::encode(pem::PRIVATE_KEY, &key.serialize_der()))
+        (
+            pem::encode(pem::CERTIFICATE, certificate.der()),
+            pem::encode(pem::PRIVATE_KEY, &key.serialize_der()),
+        )
     }
 
     fn create<K>(&self, namespace: Option<&str>, object: &Value) -> K
@@ -411,8 +414,7 @@ fn named(object: &impl Resource<DynamicType = ()>) -> Object {
 fn client_of(kubeconfig: &Path) -> Client {
     runtime().block_on(async {
         let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
-        let config =
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
         Client::try_from(config).unwrap()
     })
 }

@@ -1,6 +1,7 @@
 //! Mica and a real API server.
 
 mod control_plane;
+mod knowledge;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
