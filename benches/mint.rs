@@ -53,7 +53,8 @@ fn main() {
     let csr_pem = pem::encode(pem::CSR, csr.der());
     let day: Lifetime = "24h".parse().unwrap();
     let issue = |key: &PublicKey| {
-        let order = Order { profile: Profile::Workload { id: &id, dns: &[] }, key, lifetime: day };
+        let order =
+            Order { profile: Profile::Workload { id: &id, dns: &[], proved_at: None }, key, lifetime: day };
         let issued = issuer.issue(&order, clock::now(), keys::serial_number().unwrap()).unwrap();
         issuer.chain_pem(&issued)
     };

@@ -8,6 +8,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use tracing::Level;
 use tracing_subscriber::fmt;
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -24,9 +25,11 @@ pub fn start(format: Option<LogFormat>, level: Level) {
     let format = format.unwrap_or(if terminal { LogFormat::Human } else { LogFormat::Json });
     // A line that cannot be written, as to a full disk, would otherwise be told on standard error, which panics there.
     let builder = fmt().with_writer(std::io::stderr).with_max_level(level).log_internal_errors(false);
+    // A span tells how long it took when it ends.
+    let builder = builder.with_span_events(FmtSpan::CLOSE);
     match format {
         LogFormat::Human => builder.with_ansi(terminal).with_target(false).init(),
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
     }
 }
 

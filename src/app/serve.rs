@@ -19,14 +19,15 @@ use tokio::task::JoinSet;
 use super::addresses::Addresses;
 use super::report;
 use crate::admin;
+use crate::auth::{Accounts, CertificateAuthenticator};
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::{Args, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::{self, Event, Reconciler};
-use crate::serve;
 use crate::serve::tls::{Names, ServingCertificate};
+use crate::serve::{self, Requests};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
@@ -131,6 +132,7 @@ async fn run_with(
     let metrics = reconcile::Metrics::default();
     metrics.register(&mut registry);
     authority.register(&mut registry);
+    let csr_metrics = serve::Metrics::register(&mut registry);
     registry.register_collector(Box::new(SourceFaults(source.faults())));
 
     let (stop, stopped) = watch::channel(false);
@@ -162,6 +164,14 @@ async fn run_with(
             }
         })
     };
+    let accounts = Arc::new(Accounts::default());
+    let requests = Arc::new(Requests::new(
+        authority.clone(),
+        vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
+        accounts.clone(),
+        (args.ttl, args.max_ttl),
+        csr_metrics,
+    ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
 
     let mut tasks = JoinSet::new();
@@ -176,7 +186,13 @@ async fn run_with(
     });
     let source_events = events.clone();
     tasks.spawn(until(stopping(), async move {
-        while source_events.send(Event::Source(source.next().await)).await.is_ok() {}
+        loop {
+            let change = source.next().await;
+            accounts.take(&change.added, &change.removed, change.settled);
+            if source_events.send(Event::Source(change)).await.is_err() {
+                return;
+            }
+        }
     }));
     let sink_events = events.clone();
     // What the first pass writes needs no second look, and whoever waits for it should not wait for watches too.
@@ -209,7 +225,7 @@ async fn run_with(
     let (ends, cut) = (stopping(), cut_off());
     tasks.spawn(async move {
         tokio::select! {
-            served = serve::serve(grpc, open_files, certificate, ready, ends) => served.map_err(fault),
+            served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });

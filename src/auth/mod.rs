@@ -5,11 +5,14 @@
 //! through small traits: whether an object lives ([`Liveness`]), what an issuer's keys are ([`KeySource`]), what the API
 //! server says of a token ([`Reviewer`]), who runs on a node ([`Nodes`]).
 
-pub mod impersonation;
+mod accounts;
+mod certificate;
+mod forwarded;
+mod impersonation;
 
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
@@ -19,18 +22,39 @@ use crate::core::caller::{Bound, Caller, Object};
 use crate::core::refusal::Refusal;
 use crate::core::spiffe::ServiceAccount;
 
+pub use accounts::Accounts;
+pub use certificate::CertificateAuthenticator;
+pub use forwarded::{ForwardedAuthenticator, Trusted};
+pub use impersonation::Impersonation;
+
 /// An answer that may have to be waited for.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// What came with a request. None of it is believed yet, but that the peer holds the key of its first certificate.
+/// What came with a request. None of it is believed yet.
 #[derive(Debug)]
 pub struct Evidence<'a> {
+    /// Who is at the other end of the connection.
+    pub peer: &'a Peer,
+    /// The request's metadata.
+    pub metadata: &'a MetadataMap,
+}
+
+/// The other end of a connection. All that is known is where it is, and that it holds the key of its first certificate.
+#[derive(Debug)]
+pub struct Peer {
     /// Where the connection comes from.
     pub source: IpAddr,
     /// The certificates of the TLS handshake, leaf first; empty without any.
-    pub certificates: &'a Arc<[CertificateDer<'static>]>,
-    /// The request's metadata.
-    pub metadata: &'a MetadataMap,
+    pub certificates: Vec<CertificateDer<'static>>,
+    /// What was found out about them the last time.
+    judged: Mutex<Option<Arc<certificate::Judged>>>,
+}
+
+impl Peer {
+    /// A peer whose certificates nobody has judged yet.
+    pub fn new(source: IpAddr, certificates: Vec<CertificateDer<'static>>) -> Self {
+        Self { source, certificates, judged: Mutex::new(None) }
+    }
 }
 
 /// Judges one kind of credential.

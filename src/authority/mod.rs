@@ -2,6 +2,7 @@
 
 mod metrics;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -51,6 +52,26 @@ impl Grant {
     }
 }
 
+/// Why a certificate is issued, for the log and the metrics.
+#[derive(Clone, Copy, Debug)]
+pub struct Cause<'a> {
+    /// In words, of which the metrics count the first.
+    pub why: &'a str,
+    /// Who vouched for the caller, if one asked.
+    pub authenticator: Option<&'static str>,
+    /// Where the caller is.
+    pub source: Option<IpAddr>,
+    /// The trace that the caller's request belongs to.
+    pub trace: Option<&'a str>,
+}
+
+impl<'a> Cause<'a> {
+    /// Without a caller: Mica issues of itself.
+    pub fn own(why: &'a str) -> Self {
+        Self { why, authenticator: None, source: None, trace: None }
+    }
+}
+
 /// The running CA of one trust domain.
 pub struct Authority {
     trust_domain: TrustDomain,
@@ -64,17 +85,27 @@ impl Authority {
         Self { trust_domain, issuer: ArcSwap::from_pointee(issuer), metrics: Metrics::default() }
     }
 
-    /// The one door. `why` goes to the log and, by its first word, into the metrics.
-    pub fn issue(&self, order: &Order<'_>, now: OffsetDateTime, why: &str) -> Result<Grant, Error> {
+    /// The one door.
+    pub fn issue(&self, order: &Order<'_>, now: OffsetDateTime, cause: &Cause<'_>) -> Result<Grant, Error> {
         let issuer = self.issuer.load_full();
         let issued = keys::serial_number()
             .map_err(Error::from)
             .and_then(|serial| Ok(issuer.issue(order, now, serial)?))
             .inspect_err(|e| self.metrics.failed(e.reason()))?;
+        let Cause { why, authenticator, source, trace } = cause;
         self.metrics.issued(why);
         let identity = order.profile.name();
         let not_after = issued.validity.not_after.format(&Rfc3339).unwrap_or_default();
-        tracing::info!(%identity, serial = %issued.serial, %not_after, why, "certificate issued");
+        tracing::info!(
+            %identity,
+            serial = %issued.serial,
+            %not_after,
+            why,
+            authenticator,
+            source = source.map(tracing::field::display),
+            trace,
+            "certificate issued"
+        );
         Ok(Grant { issued, issuer })
     }
 

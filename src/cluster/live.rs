@@ -43,11 +43,14 @@ pub(super) enum Question {
 /// An object, or that there is none; an error says why that cannot be known.
 pub(super) type Found = Result<Option<Facts>, String>;
 
+/// Filled once there is an answer, with when that was.
+type Asked = OnceCell<(Instant, Found)>;
+
 /// Asks the API server.
 pub(super) struct Live {
     client: Client,
     places: Semaphore,
-    asked: Mutex<HashMap<Question, Arc<OnceCell<(Instant, Found)>>>>,
+    asked: Mutex<HashMap<Question, Arc<Asked>>>,
 }
 
 impl Live {
@@ -69,10 +72,10 @@ impl Live {
         answered.await.1.clone()
     }
 
-    fn cell(&self, question: &Question) -> Result<Arc<OnceCell<(Instant, Found)>>, String> {
+    fn cell(&self, question: &Question) -> Result<Arc<Asked>, String> {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        let is_fresh = |cell: &Arc<OnceCell<(Instant, Found)>>| match cell.get() {
+        let is_fresh = |cell: &Arc<Asked>| match cell.get() {
             Some((at, _)) => now - *at < MOMENT,
             None => Arc::strong_count(cell) > 1,
         };

@@ -12,6 +12,7 @@ use x509_parser::x509::{X509Name, X509Version};
 use super::key::{self, PublicKey};
 use super::lifetime::Validity;
 use super::pem;
+use super::profile::PROVED_AT;
 use super::spiffe::{self, SpiffeId};
 
 /// Longer certificates are refused before they are parsed.
@@ -125,6 +126,9 @@ pub struct Certificate {
     pub key_identifier: Option<Vec<u8>>,
     /// The authority key identifier's key identifier.
     pub authority_identifier: Option<Vec<u8>>,
+    /// Mica's own extension: when the holder last proved itself by something other than a certificate. Without it that
+    /// was when the certificate was issued.
+    pub proved_at: Option<OffsetDateTime>,
 }
 
 /// The key usages that X509-SVID speaks of (4.3).
@@ -177,6 +181,7 @@ impl Certificate {
             names_critical: false,
             key_identifier: None,
             authority_identifier: None,
+            proved_at: None,
         };
         if tbs.version != X509Version::V3 && !tbs.extensions().is_empty() {
             return Err(Error::Extensions("it has some, and is not version 3".to_owned()));
@@ -184,6 +189,12 @@ impl Certificate {
         tbs.extensions_map().map_err(|_| Error::Extensions("one of them is there twice".to_owned()))?;
         for extension in tbs.extensions() {
             certificate.take(extension.critical, extension.parsed_extension())?;
+            if extension.oid.as_bytes() == PROVED_AT {
+                let moment = generalized_time(extension.value).ok_or_else(|| {
+                    Error::Extensions("when its holder last proved itself cannot be read".to_owned())
+                })?;
+                certificate.proved_at = Some(moment);
+            }
         }
         Ok(certificate)
     }
@@ -420,6 +431,14 @@ pub enum Fault {
 
 /// A Name without any part.
 pub(crate) const EMPTY_NAME: &[u8] = &[0x30, 0x00];
+
+/// Reads a DER GeneralizedTime of whole seconds in UTC.
+pub(crate) fn generalized_time(der: &[u8]) -> Option<OffsetDateTime> {
+    let [0x18, 15, text @ ..] = der else { return None };
+    let text = std::str::from_utf8(text).ok()?;
+    let format = time::macros::format_description!("[year][month][day][hour][minute][second]Z");
+    time::PrimitiveDateTime::parse(text, format).ok().map(time::PrimitiveDateTime::assume_utc)
+}
 
 pub(crate) fn validity_of(parsed: &X509Certificate<'_>) -> Result<Validity, Error> {
     let moment = |at: ASN1Time| {

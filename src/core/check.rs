@@ -6,8 +6,8 @@ use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Version;
 
-use super::certificate::{EMPTY_NAME, trimmed, validity_of};
-use super::profile::{Profile, Template};
+use super::certificate::{EMPTY_NAME, generalized_time, trimmed, validity_of};
+use super::profile::{PROVED_AT, Profile, Template};
 
 /// What is not as it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,14 +39,22 @@ pub(crate) fn check(der: &[u8], expected: &Template<'_>) -> Result<(), Error> {
             return Err(Error(what));
         }
     }
-    let wanted =
-        if matches!(expected.profile, Profile::Workload { .. } | Profile::Serving { .. }) { 6 } else { 5 };
+    let wanted = match expected.profile {
+        Profile::Root { .. } | Profile::Intermediate { .. } => 5,
+        Profile::Workload { proved_at: Some(_), .. } => 7,
+        Profile::Workload { .. } | Profile::Serving { .. } => 6,
+    };
     if tbs.extensions().len() != wanted {
         return Err(Error("number of extensions"));
     }
     let mut seen = 0u8;
     for extension in tbs.extensions() {
-        let (bit, fits, what) = extension_fits(extension.critical, extension.parsed_extension(), expected);
+        let (bit, fits, what) = match (extension.oid.as_bytes(), expected.profile) {
+            (PROVED_AT, Profile::Workload { proved_at: Some(at), .. }) => {
+                (64, !extension.critical && generalized_time(extension.value) == Some(*at), "proved at")
+            }
+            _ => extension_fits(extension.critical, extension.parsed_extension(), expected),
+        };
         if !fits || seen & bit != 0 {
             return Err(Error(what));
         }
@@ -108,7 +116,7 @@ fn names_fit(found: &[GeneralName<'_>], expected: &Template<'_>) -> bool {
         Profile::Root { trust_domain, .. } | Profile::Intermediate { trust_domain, .. } => {
             next_is(GeneralName::URI(trust_domain.id().as_str()))
         }
-        Profile::Workload { id, dns } => {
+        Profile::Workload { id, dns, .. } => {
             !id.path().is_empty()
                 && next_is(GeneralName::URI(id.as_str()))
                 && dns.iter().all(|name| next_is(GeneralName::DNSName(name.as_str())))

@@ -211,7 +211,7 @@ impl Issuer {
             .map_err(|_| Error::NoCertificate)?;
         let key = self.key.public().clone();
         let order = Order {
-            profile: Profile::Workload { id: &id, dns: &[] },
+            profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: &key,
             lifetime: Lifetime::from_secs(0),
         };
@@ -403,7 +403,11 @@ mod tests {
                 let key = keys::generate(leaf).unwrap();
                 let id = ServiceAccount::new("a", "b").unwrap().spiffe_id(&domain());
                 let order = Order {
-                    profile: Profile::Workload { id: &id, dns: &["b.a.svc".parse().unwrap()] },
+                    profile: Profile::Workload {
+                        id: &id,
+                        dns: &["b.a.svc".parse().unwrap()],
+                        proved_at: None,
+                    },
                     key: key.public(),
                     lifetime: "24h".parse().unwrap(),
                 };
@@ -422,7 +426,7 @@ mod tests {
         let id = ServiceAccount::new("a", "b").unwrap().spiffe_id(&other);
         let organization = "example".parse().unwrap();
         for profile in [
-            Profile::Workload { id: &id, dns: &[] },
+            Profile::Workload { id: &id, dns: &[], proved_at: None },
             Profile::Intermediate { organization: &organization, trust_domain: &other },
         ] {
             let order = Order { profile, key: key.public(), lifetime: "24h".parse().unwrap() };
@@ -437,7 +441,7 @@ mod tests {
         let key = keys::generate(KeyKind::P256).unwrap();
         let id = ServiceAccount::new("a", "b").unwrap().spiffe_id(&domain());
         let order = Order {
-            profile: Profile::Workload { id: &id, dns: &[] },
+            profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: key.public(),
             lifetime: "90d".parse().unwrap(),
         };

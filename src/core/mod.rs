@@ -11,6 +11,7 @@ pub mod chain;
 mod check;
 pub mod csr;
 mod der;
+pub mod forwarded;
 pub mod inspect;
 pub mod issuer;
 pub mod key;

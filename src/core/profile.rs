@@ -108,6 +108,8 @@ pub enum Profile<'a> {
         id: &'a SpiffeId,
         /// Further names, as policy grants them.
         dns: &'a [DnsName],
+        /// For a renewal that was asked for with a certificate alone: when the holder last proved itself otherwise.
+        proved_at: Option<OffsetDateTime>,
     },
     /// Mica's own TLS server certificate. It names no workload, so that it can never act as one.
     Serving {
@@ -231,6 +233,9 @@ impl Template<'_> {
         extension(w, SUBJECT_ALTERNATIVE_NAME, self.subject == EMPTY_NAME, |w| {
             w.sequence(|w| self.names(w));
         });
+        if let Profile::Workload { proved_at: Some(at), .. } = self.profile {
+            extension(w, PROVED_AT, false, |w| w.primitive(der::GENERALIZED_TIME, &digits(*at, true)));
+        }
     }
 
     fn names(&self, w: &mut Writer) {
@@ -244,7 +249,7 @@ impl Template<'_> {
             Profile::Root { trust_domain, .. } | Profile::Intermediate { trust_domain, .. } => {
                 w.primitive(URI, trust_domain.id().as_str().as_bytes());
             }
-            Profile::Workload { id, dns: names } => {
+            Profile::Workload { id, dns: names, .. } => {
                 w.primitive(URI, id.as_str().as_bytes());
                 dns(w, names);
             }
@@ -273,22 +278,33 @@ fn extension(w: &mut Writer, oid: &[u8], critical: bool, value: impl FnOnce(&mut
 
 /// UTCTime up to 2049, GeneralizedTime from 2050 on (RFC 5280 4.1.2.5).
 fn moment(w: &mut Writer, at: OffsetDateTime) {
+    let utc = (1950..2050).contains(&at.to_offset(time::UtcOffset::UTC).year());
+    w.primitive(if utc { der::UTC_TIME } else { der::GENERALIZED_TIME }, &digits(at, !utc));
+}
+
+/// YYMMDDhhmmssZ, or with the century before it.
+fn digits(at: OffsetDateTime, century: bool) -> Vec<u8> {
     let at = at.to_offset(time::UtcOffset::UTC);
     let (year, month, day) = at.to_calendar_date();
     let (hour, minute, second) = at.to_hms();
     let rest = [u8::from(month), day, hour, minute, second];
     let mut text = Vec::with_capacity(15);
     let mut two = |n: u8| text.extend([b'0' + n / 10, b'0' + n % 10]);
-    let utc = (1950..2050).contains(&year);
-    if !utc {
+    if century {
         two((year / 100) as u8);
     }
     two((year % 100) as u8);
     rest.into_iter().for_each(two);
     text.push(b'Z');
-    w.primitive(if utc { der::UTC_TIME } else { der::GENERALIZED_TIME }, &text);
+    text
 }
 
+/// Mica's own extension, a GeneralizedTime: when the holder of the certificate last proved itself by something other than
+/// a certificate. The OID is a UUID's (X.667), 2.25.180128695889177977305076445387396705304.
+pub(crate) const PROVED_AT: &[u8] = &[
+    0x69, 0x82, 0x8f, 0x83, 0xc3, 0x98, 0xb0, 0xed, 0xa2, 0x9b, 0xfb, 0xbe, 0xe6, 0xee, 0xbb, 0xf8, 0xc2,
+    0x8d, 0xd8, 0x18,
+];
 const ORGANIZATION: &[u8] = &[0x55, 0x04, 0x0a];
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
 const SUBJECT_KEY_IDENTIFIER: &[u8] = &[0x55, 0x1d, 0x0e];

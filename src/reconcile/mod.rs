@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use metrics::Metrics;
 
-use crate::authority::{self, Authority};
+use crate::authority::{self, Authority, Cause};
 use crate::core::issuer::Order;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
@@ -439,11 +439,11 @@ impl<S: Sink> Reconciler<S> {
         let key = keys::generate(self.options.key_kind)?;
         let id = account.spiffe_id(self.authority.trust_domain());
         let order = Order {
-            profile: Profile::Workload { id: &id, dns: &[] },
+            profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: key.public(),
             lifetime: self.options.lifetime,
         };
-        let grant = self.authority.issue(&order, clock::now(), &why.to_string())?;
+        let grant = self.authority.issue(&order, clock::now(), &Cause::own(&why.to_string()))?;
         let set = CertificateSet {
             chain_pem: grant.chain_pem(),
             key_pem: key.to_pem(),

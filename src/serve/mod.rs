@@ -1,21 +1,38 @@
 //! The gRPC listener: TLS with Mica's own leaf, and the services behind it.
 
+mod codes;
 mod health;
+mod istio;
+mod metrics;
+mod requests;
 pub mod tls;
 
 use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::Server;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
+pub use codes::DOMAIN;
+pub use metrics::Metrics;
+pub use requests::Requests;
+
+use crate::auth::Peer;
+use crate::proto::DESCRIPTORS;
 use crate::proto::grpc::health::v1::health_server::HealthServer;
+use crate::proto::istio::v1::auth::istio_ca_service_server::IstioCaServiceServer;
+use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertificateServiceServer;
 use crate::sys::listen::{Listener, Stream};
 use tls::ServingCertificate;
 
@@ -29,25 +46,49 @@ const HANDSHAKES: usize = 256;
 /// Clients that are there answer a ping after 30 seconds.
 const IDLE: Duration = Duration::from_secs(60);
 
+/// A request of an RSA-4096 key with a hundred names fits many times.
+const LARGEST_MESSAGE: usize = 64 * 1024;
+
+/// Why nothing is served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The listener.
+    #[error("the gRPC port: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// The descriptors that reflection tells.
+    #[error("the gRPC reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
 /// Serves until `stop` resolves. Of the files that the process may hold open, less than half are clients.
 pub async fn serve(
     listener: TcpListener,
     open_files: usize,
     certificate: Arc<ServingCertificate>,
     ready: Ready,
+    requests: Arc<Requests>,
     stop: impl Future<Output = ()> + Send,
-) -> Result<(), tonic::transport::Error> {
+) -> Result<(), Error> {
     let (accepted, connections) = mpsc::channel(1);
     let acceptor = TlsAcceptor::from(Arc::new(certificate.config()));
     let incoming = tokio_stream::wrappers::ReceiverStream::new(connections);
+    let istio = istio::Istio { requests };
+    let reflection =
+        || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(HealthServer::new(health::Health { ready }))
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(
+            IstioCertificateServiceServer::new(istio.clone()).max_decoding_message_size(LARGEST_MESSAGE),
+        )
+        .add_service(IstioCaServiceServer::new(istio).max_decoding_message_size(LARGEST_MESSAGE))
         .serve_with_incoming_shutdown(incoming, stop);
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {
-        served = serving => served,
+        served = serving => Ok(served?),
         () = accept(listener, acceptor, open_files / 4, accepted) => Ok(()),
     }
 }
@@ -57,7 +98,7 @@ async fn accept(
     mut listener: Listener,
     acceptor: TlsAcceptor,
     most: usize,
-    accepted: mpsc::Sender<Result<TlsStream<Stream>, std::io::Error>>,
+    accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
     let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
     let mut handshakes = JoinSet::new();
@@ -74,15 +115,56 @@ async fn accept(
                 return tracing::warn!(most, "a client is sent away: too many are connected");
             };
             stream.get_mut().0.stay(IDLE, place);
-            drop(accepted.send(Ok(stream)).await);
+            drop(accepted.send(Ok(Connection::new(stream))).await);
         });
     }
 }
 
-impl Connected for Stream {
-    type ConnectInfo = TcpConnectInfo;
+/// A connection whose handshake is done.
+struct Connection {
+    stream: TlsStream<Stream>,
+    peer: Arc<Peer>,
+}
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.get_ref().connect_info()
+impl Connection {
+    fn new(stream: TlsStream<Stream>) -> Self {
+        let (tcp, tls) = stream.get_ref();
+        let unspecified = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+        let source = tcp.get_ref().peer_addr().map_or(unspecified, |address| address.ip().to_canonical());
+        let certificates = tls.peer_certificates().unwrap_or_default();
+        let certificates = certificates.iter().map(|der| der.clone().into_owned()).collect();
+        Self { peer: Arc::new(Peer::new(source, certificates)), stream }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Arc<Peer>;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use rustls::ServerConfig;
-use rustls::pki_types::CertificateDer;
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::{ring::default_provider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use time::OffsetDateTime;
 
-use crate::authority::{self, Authority};
+use crate::authority::{self, Authority, Cause};
 use crate::core::issuer::Order;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::{Lifetime, Validity};
@@ -117,11 +120,11 @@ impl ServingCertificate {
             key: key.public(),
             lifetime: LIFETIME,
         };
-        let grant = self.authority.issue(&order, now, "serving")?;
+        let grant = self.authority.issue(&order, now, &Cause::own("serving"))?;
         let chain = std::iter::once(CertificateDer::from(grant.issued.der().to_owned()))
             .chain(grant.issuer.chain().iter().map(|c| CertificateDer::from(c.der().to_owned())))
             .collect();
-        let provider = rustls::crypto::ring::default_provider();
+        let provider = default_provider();
         let private = rustls::pki_types::PrivateKeyDer::Pkcs8(key.pkcs8().to_owned().into());
         let key = CertifiedKey::from_der(chain, private, &provider)?;
         let validity = grant.issued.validity;
@@ -137,16 +140,71 @@ impl ServingCertificate {
     /// TLS 1.2 and 1.3 with HTTP/2. Sessions are not resumed: a resumed one would skip the certificates, and so a trust
     /// bundle that changed meanwhile.
     pub fn config(self: &Arc<Self>) -> ServerConfig {
-        let mut config =
-            ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-                .with_protocol_versions(&[&rustls::version::TLS12, &rustls::version::TLS13])
-                .unwrap_or_else(|_| unreachable!("ring has suites for both versions"))
-                .with_no_client_auth()
-                .with_cert_resolver(self.clone());
+        let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS12, &rustls::version::TLS13])
+            .unwrap_or_else(|_| unreachable!("ring has suites for both versions"))
+            .with_client_cert_verifier(Arc::new(AnyClient))
+            .with_cert_resolver(self.clone());
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.alpn_protocols = vec![b"h2".to_vec()];
         config
+    }
+}
+
+/// Lets every client in, with or without a certificate, and makes sure that it holds the key of the one it sends. Whether
+/// that is a good one is judged at each request, so that an expired or a foreign one gets a code and a sentence.
+#[derive(Debug)]
+struct AnyClient;
+
+impl ClientCertVerifier for AnyClient {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &default_provider().signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &default_provider().signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        default_provider().signature_verification_algorithms.supported_schemes()
     }
 }
 

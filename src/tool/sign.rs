@@ -35,7 +35,11 @@ pub(super) fn sign(arguments: &Sign) -> Result<Report, Error> {
         authority_files::issuer(&ca_files, passphrase.as_deref().map(Vec::as_slice), identity.trust_domain())
             .map_err(|fault| Error::Authority { folder: name_of(folder), fault })?;
     let now = clock::now();
-    let order = Order { profile: Profile::Workload { id: identity, dns }, key: csr.key(), lifetime: *ttl };
+    let order = Order {
+        profile: Profile::Workload { id: identity, dns, proved_at: None },
+        key: csr.key(),
+        lifetime: *ttl,
+    };
     let issued = issuer
         .issue(&order, now, keys::serial_number()?)
         .map_err(|fault| Error::Issue { folder: name_of(folder), fault })?;

@@ -112,7 +112,7 @@ const RULES: &[Rule] = &[
         assert!(longest.spiffe_id(&widest).as_str().len() < MAX_ID);
         let long = SpiffeId::parse(&of(2_048)).expect("it is allowed");
         let w = World::of("td");
-        let leaf = issue(&w.issuer, Profile::Workload { id: &long, dns: &[] }, "1h");
+        let leaf = issue(&w.issuer, Profile::Workload { id: &long, dns: &[], proved_at: None }, "1h");
         assert_eq!(verify(&[leaf, w.ca], w.issuer.bundle(), Some(&long), NOW), Ok(long));
     }),
     ("10", "a trust domain is at most 255 bytes [SPIFFE-ID 2.3]", || {
@@ -166,7 +166,11 @@ const RULES: &[Rule] = &[
     ("14", "other names beside the URI are allowed [X509-SVID 2]", || {
         let w = world();
         let id = account().spiffe_id(&domain());
-        let profile = Profile::Workload { id: &id, dns: &["web.default.svc".parse().expect("a name")] };
+        let profile = Profile::Workload {
+            id: &id,
+            dns: &["web.default.svc".parse().expect("a name")],
+            proved_at: None,
+        };
         let leaf = issue(&w.issuer, profile, "1h");
         assert_eq!((leaf.uris.len(), &leaf.dns[..]), (1, &["web.default.svc".to_owned()][..]));
         assert_eq!(verify(&[leaf, w.ca.clone()], w.issuer.bundle(), Some(&id), NOW), Ok(id));
@@ -178,7 +182,7 @@ const RULES: &[Rule] = &[
         let w = world();
         let id = domain().id();
         let order = Order {
-            profile: Profile::Workload { id: &id, dns: &[] },
+            profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: w.leaf_key.public(),
             lifetime: hour(),
         };
@@ -202,7 +206,7 @@ const RULES: &[Rule] = &[
         refuses_ca(|fault| matches!(fault, Fault::SigningPath(_)), with_path);
         let other = SpiffeId::parse("spiffe://example.org/a").expect("an ID");
         let order = Order {
-            profile: Profile::Workload { id: &other, dns: &[] },
+            profile: Profile::Workload { id: &other, dns: &[], proved_at: None },
             key: w.leaf_key.public(),
             lifetime: hour(),
         };
@@ -299,7 +303,7 @@ const RULES: &[Rule] = &[
         assert_eq!(w.ca.authority_identifier, w.root.key_identifier);
         assert_eq!((&w.leaf.issuer, &w.ca.issuer), (&w.ca.subject, &w.root.subject));
         let id = account().spiffe_id(&domain());
-        let greedy = issue(&w.issuer, Profile::Workload { id: &id, dns: &[] }, "10y");
+        let greedy = issue(&w.issuer, Profile::Workload { id: &id, dns: &[], proved_at: None }, "10y");
         assert_eq!(greedy.validity.not_after, w.ca.validity.not_after, "none outlives its issuer");
         // UTCTime up to 2049, GeneralizedTime from 2050 on, in one certificate.
         let late = World::at("cluster.local", datetime!(2049-12-31 12:00:00 UTC));
@@ -532,7 +536,7 @@ impl World {
             Issuer::new(signing, std::slice::from_ref(&ca), bundle, &trust_domain).expect("an issuer");
         let id = account().spiffe_id(&trust_domain);
         let order = Order {
-            profile: Profile::Workload { id: &id, dns: &[] },
+            profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: leaf_key.public(),
             lifetime: "24h".parse().expect("a duration"),
         };

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use clap::CommandFactory as _;
 use mica::config::cli::Cli;
+use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 
 use crate::parts;
-use crate::serve::{self, wait_for};
+use crate::serve::{self, mtls, wait_for};
 
 fn checkout() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -98,11 +99,13 @@ fn families(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
             families.insert(current.clone(), (kind.to_owned(), BTreeSet::new()));
         } else if !line.starts_with('#') {
             let sample = line.split([' ', '{']).next().unwrap();
-            assert!(sample == current || sample.strip_suffix("_total") == Some(&current), "{line}");
+            let suffix = sample.strip_prefix(&current).unwrap_or(sample);
+            assert!(["", "_total", "_bucket", "_sum", "_count"].contains(&suffix), "{line}");
             let labels = line.split_once('{').map(|(_, rest)| rest.split_once('}').unwrap().0);
             let labels = labels.unwrap_or_default().split(',').filter_map(|label| label.split_once('='));
             let family = families.get_mut(&current).unwrap();
-            family.1.extend(labels.map(|(name, _)| name.to_owned()));
+            // A bucket's bound is not a label that somebody chose.
+            family.1.extend(labels.map(|(name, _)| name.to_owned()).filter(|name| name != "le"));
         }
     }
     families
@@ -113,6 +116,17 @@ fn every_metric_is_documented_as_it_is() {
     let place = serve::Place::new();
     place.account("web");
     let mica = place.start(&[]);
+    // One request that is granted, and one that is not.
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        place.leaf("web");
+        let folder = place.folder("shop", "web");
+        for folder in [Some(folder.as_path()), None] {
+            let channel = mtls::connect(&mica, &place, folder).await;
+            let request = mtls::ask(mtls::csr("spiffe://cluster.local/ns/shop/sa/web"));
+            let answer = IstioCertificateServiceClient::new(channel).create_certificate(request).await;
+            assert_eq!(answer.is_ok(), folder.is_some());
+        }
+    });
     let mut found = families(&mica.page("/metrics").1);
     mica.stop();
     // Failures show themselves once there are some: of an issuer whose second is over.

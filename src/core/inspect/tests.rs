@@ -47,7 +47,7 @@ fn world() -> World {
     let issuer = Issuer::new(signing, std::slice::from_ref(&ca), bundle, &trust_domain).unwrap();
     let id = ServiceAccount::new("a", "b").unwrap().spiffe_id(&trust_domain);
     let order = Order {
-        profile: Profile::Workload { id: &id, dns: &[] },
+        profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
         key: leaf_key.public(),
         lifetime: "24h".parse().unwrap(),
     };

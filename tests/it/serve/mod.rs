@@ -7,6 +7,7 @@ mod disk;
 mod grpc;
 mod kills;
 mod lifecycle;
+pub(crate) mod mtls;
 mod rotation;
 
 use std::fs;

@@ -1,0 +1,258 @@
+//! Requests for certificates, whichever protocol they came by: who asks, may they, and then the authority's one door.
+
+use std::sync::Arc;
+
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use tracing::{Instrument as _, debug_span};
+
+use super::metrics::Metrics;
+use crate::auth::{Authenticator, Evidence, Life, Liveness};
+use crate::authority::{self, Authority, Cause, Grant};
+use crate::core::caller::{Caller, Object, Proof};
+use crate::core::csr::{self, CheckedCsr};
+use crate::core::issuer::{self, Order};
+use crate::core::lifetime::Lifetime;
+use crate::core::profile::Profile;
+use crate::core::refusal::{Reason, Refusal};
+use crate::core::spiffe::ServiceAccount;
+use crate::sys::clock;
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Ask<'a> {
+    /// By which call.
+    pub method: &'static str,
+    /// PEM.
+    pub csr: &'a [u8],
+    /// None asks for the default.
+    pub lifetime: Option<Lifetime>,
+    /// What else; an error where that cannot be read, which only an authenticated caller is told.
+    pub wishes: Result<Wishes, Refusal>,
+    /// Whether the CSR has to name the caller and nobody else (HandleCSR).
+    pub names_itself: bool,
+}
+
+/// What a caller may wish besides a key and a lifetime.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// Whom the certificate should name, if not the caller.
+    pub impersonated: Option<String>,
+    /// Whether the lifetime must not be shortened for an even load.
+    pub exact: bool,
+}
+
+/// Judges requests, and grants what may be granted.
+pub struct Requests {
+    authority: Arc<Authority>,
+    authenticators: Vec<Box<dyn Authenticator>>,
+    liveness: Arc<dyn Liveness>,
+    limits: (Lifetime, Lifetime),
+    pub(super) metrics: Metrics,
+}
+
+impl Requests {
+    /// With the authenticators in their order: the first that applies decides.
+    pub fn new(
+        authority: Arc<Authority>,
+        authenticators: Vec<Box<dyn Authenticator>>,
+        liveness: Arc<dyn Liveness>,
+        limits: (Lifetime, Lifetime),
+        metrics: Metrics,
+    ) -> Self {
+        Self { authority, authenticators, liveness, limits, metrics }
+    }
+
+    /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
+    /// log, and one more in the metrics.
+    pub async fn grant(&self, ask: &Ask<'_>, evidence: &Evidence<'_>) -> Result<Grant, Refusal> {
+        let begun = Instant::now();
+        let trace = trace_id(evidence);
+        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
+        let mut caller = None;
+        let granted = self.try_grant(ask, evidence, &mut caller).instrument(span).await;
+        let authenticator = caller.as_ref().map(|caller: &Caller| caller.proof.name());
+        self.metrics.answered(ask.method, authenticator, granted.as_ref().err(), begun.elapsed());
+        if let Err(refusal) = &granted {
+            let account = caller.map(|caller| caller.account);
+            tracing::warn!(
+                method = ask.method,
+                reason = refusal.reason.name(),
+                sentence = refusal.sentence,
+                detail = refusal.detail,
+                account = account.as_ref().map(tracing::field::display),
+                authenticator,
+                source = %evidence.peer.source,
+                trace,
+                "request refused"
+            );
+        }
+        granted
+    }
+
+    async fn try_grant(
+        &self,
+        ask: &Ask<'_>,
+        evidence: &Evidence<'_>,
+        known: &mut Option<Caller>,
+    ) -> Result<Grant, Refusal> {
+        let now = clock::now();
+        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
+        let caller = known.insert(caller);
+        self.lives(caller).instrument(debug_span!("liveness")).await?;
+        let authorize = debug_span!("authorize").entered();
+        let identity = self.identity(caller, ask.wishes.as_ref().map_err(Clone::clone)?)?;
+        let csr = CheckedCsr::from_pem(ask.csr).map_err(unusable_csr)?;
+        self.compare(ask, &csr, &identity)?;
+        let (default, longest) = self.limits;
+        let lifetime = ask.lifetime.unwrap_or(default);
+        if lifetime > longest {
+            let sentence = format!("a lifetime of {lifetime} was asked for; the longest is {longest}");
+            return Err(Refusal::new(Reason::LifetimeTooLong, sentence));
+        }
+        let id = identity.spiffe_id(self.authority.trust_domain());
+        let proved_at = match caller.proof {
+            Proof::Certificate { proved_at } => Some(proved_at),
+            _ => None,
+        };
+        let order =
+            Order { profile: Profile::Workload { id: &id, dns: &[], proved_at }, key: csr.key(), lifetime };
+        let cause = Cause {
+            why: "request",
+            authenticator: Some(caller.proof.name()),
+            source: Some(evidence.peer.source),
+            trace: trace_id(evidence),
+        };
+        drop(authorize);
+        let _sign = debug_span!("sign").entered();
+        self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
+    }
+
+    /// Who is asking.
+    async fn authenticate(&self, evidence: &Evidence<'_>, now: OffsetDateTime) -> Result<Caller, Refusal> {
+        let Some(authenticator) = self.authenticators.iter().find(|a| a.applies(evidence)) else {
+            let sentence = "no credential came with the request; send a service account token as \
+                            `authorization: Bearer …`, or connect with a certificate of this authority";
+            return Err(Refusal::new(Reason::NoCredential, sentence));
+        };
+        authenticator.judge(evidence, now).await
+    }
+
+    /// That everybody who vouches lives: the account, the pod that its token was made for, the proxy that speaks for it.
+    async fn lives(&self, caller: &Caller) -> Result<(), Refusal> {
+        let account = &caller.account;
+        match &caller.proof {
+            Proof::Token { bound, .. } => {
+                self.account_lives(account, bound.account_uid.as_deref()).await?;
+                match &bound.pod {
+                    Some(pod) => self.pod_lives(account.namespace(), pod).await,
+                    None => Ok(()),
+                }
+            }
+            Proof::Forwarded { proxy } => {
+                if let Some(proxy) = ServiceAccount::of(proxy) {
+                    self.account_lives(&proxy, None).await?;
+                }
+                self.account_lives(account, None).await
+            }
+            Proof::Certificate { .. } | Proof::Oidc { .. } => self.account_lives(account, None).await,
+        }
+    }
+
+    async fn account_lives(&self, account: &ServiceAccount, uid: Option<&str>) -> Result<(), Refusal> {
+        match self.liveness.account(account, uid).await {
+            Life::Alive => Ok(()),
+            Life::Gone => {
+                let sentence = format!("the service account {account} does not exist");
+                Err(Refusal::new(Reason::AccountGone, sentence))
+            }
+            Life::Replaced => {
+                let sentence = format!(
+                    "the service account {account} is another one than the token's, which was deleted; get a new token"
+                );
+                Err(Refusal::new(Reason::AccountReplaced, sentence))
+            }
+            Life::Unknown(why) => Err(unknown(&format!("the service account {account}"), why)),
+        }
+    }
+
+    async fn pod_lives(&self, namespace: &str, pod: &Object) -> Result<(), Refusal> {
+        let name = &pod.name;
+        match self.liveness.pod(namespace, pod).await {
+            Life::Alive => Ok(()),
+            Life::Gone | Life::Replaced => {
+                let sentence =
+                    format!("the pod {namespace}/{name} that the token was made for does not exist");
+                Err(Refusal::new(Reason::PodGone, sentence))
+            }
+            Life::Unknown(why) => Err(unknown(&format!("the pod {namespace}/{name}"), why)),
+        }
+    }
+
+    /// Whom the certificate will name.
+    fn identity(&self, caller: &Caller, wishes: &Wishes) -> Result<ServiceAccount, Refusal> {
+        match wishes.impersonated {
+            None => Ok(caller.account.clone()),
+            Some(_) => {
+                let sentence = format!("{} may not ask for others", caller.account);
+                Err(Refusal::new(Reason::ImpersonatorUnknown, sentence))
+            }
+        }
+    }
+
+    /// The CSR gives its key alone. What it names is compared, never signed.
+    fn compare(&self, ask: &Ask<'_>, csr: &CheckedCsr, identity: &ServiceAccount) -> Result<(), Refusal> {
+        let requested = csr.requested();
+        let id = identity.spiffe_id(self.authority.trust_domain());
+        let own = requested.uri.as_deref().is_none_or(|uri| uri == id.as_str());
+        if ask.names_itself {
+            let named = requested.uri.is_some() || !requested.dns.is_empty() || !requested.others.is_empty();
+            if !named {
+                let sentence = format!("the CSR names nobody; it has to name {id}");
+                return Err(Refusal::new(Reason::CsrNames, sentence));
+            }
+            if !own || !requested.dns.is_empty() || !requested.others.is_empty() {
+                let sentence = format!("the CSR asks for other names than {id}, which is the caller's");
+                return Err(Refusal::new(Reason::CsrIdentity, sentence));
+            }
+        } else if !own {
+            self.metrics.another_identity();
+            let asked = requested.uri.as_deref().unwrap_or_default();
+            tracing::info!(asked, given = %id, "the CSR names another identity than the caller's, which it gets");
+        }
+        Ok(())
+    }
+}
+
+/// The trace that the request belongs to (W3C Trace Context, `traceparent`), so that a line in the log is found by it.
+fn trace_id<'a>(evidence: &Evidence<'a>) -> Option<&'a str> {
+    let parent = evidence.metadata.get("traceparent")?.to_str().ok()?;
+    let id = parent.strip_prefix("00-").filter(|_| parent.len() == 55)?.get(..32)?;
+    id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')).then_some(id)
+}
+
+fn unknown(what: &str, why: String) -> Refusal {
+    let sentence = format!("whether {what} lives cannot be known now; try again");
+    Refusal::new(Reason::LivenessUnknown, sentence).with_detail(why)
+}
+
+fn unusable_csr(fault: csr::Error) -> Refusal {
+    let reason = match &fault {
+        csr::Error::Signature => Reason::CsrSignature,
+        csr::Error::Ca => Reason::CsrCa,
+        csr::Error::Uris(_) => Reason::CsrUris,
+        csr::Error::Key(_) => Reason::KeyRefused,
+        _ => Reason::CsrMalformed,
+    };
+    Refusal::new(reason, fault.to_string())
+}
+
+fn unusable_issuer(fault: authority::Error) -> Refusal {
+    let sentence = match &fault {
+        authority::Error::Issuer(issuer::Error::Expired(_) | issuer::Error::NotYetValid(_)) => {
+            format!("the authority cannot sign now: {fault}")
+        }
+        _ => "the authority cannot sign now".to_owned(),
+    };
+    Refusal::new(Reason::IssuerUnusable, sentence).with_detail(fault.to_string())
+}
