@@ -1,13 +1,12 @@
 //! Which accounts, pods and nodes live, from watches; what they do not know is read once.
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource as _};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_stream::StreamExt as _;
 
 use super::Cluster;
@@ -61,9 +60,12 @@ impl Objects {
         tokio::join!(self.watch(&self.accounts), self.watch(&self.pods), nodes);
     }
 
-    /// Whether all accounts and pods have been seen once.
-    pub fn is_complete(&self) -> bool {
-        self.accounts.is_complete() && self.pods.is_complete()
+    /// Waits until all accounts and pods have been seen once.
+    pub async fn completed(&self) {
+        for mut complete in [self.accounts.complete.subscribe(), self.pods.complete.subscribe()] {
+            // The sender lives as long as this.
+            let _ = complete.wait_for(|complete| *complete).await;
+        }
     }
 
     async fn watch<M: Memory>(&self, kept: &Kept<M>) {
@@ -78,7 +80,7 @@ impl Objects {
                 Ok(Event::InitApply(seen)) => fresh.apply(&seen),
                 Ok(Event::InitDone) => {
                     tracing::info!(%what, count = fresh.len(), "all have been read from the API server");
-                    kept.complete(std::mem::take(&mut fresh));
+                    kept.replace(std::mem::take(&mut fresh));
                 }
                 Ok(Event::Apply(seen)) => kept.write().apply(&seen),
                 Ok(Event::Delete(seen)) => kept.write().delete(&seen),
@@ -195,7 +197,7 @@ fn life(which: &Which, uid: Option<&str>, now: i64) -> Life {
 #[derive(Debug, Default)]
 struct Kept<M> {
     memory: RwLock<M>,
-    complete: AtomicBool,
+    complete: watch::Sender<bool>,
 }
 
 impl<M> Kept<M> {
@@ -207,13 +209,10 @@ impl<M> Kept<M> {
         self.memory.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn complete(&self, all: M) {
+    fn replace(&self, all: M) {
         let before = std::mem::replace(&mut *self.write(), all);
-        self.complete.store(true, Ordering::Release);
+        self.complete.send_replace(true);
+        // Without the lock: it may be large.
         drop(before);
-    }
-
-    fn is_complete(&self) -> bool {
-        self.complete.load(Ordering::Acquire)
     }
 }

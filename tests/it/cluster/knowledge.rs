@@ -50,7 +50,8 @@ impl Following {
         let followed = objects.clone();
         let task = runtime().spawn(async move { followed.follow().await });
         let following = Self { objects, task };
-        wait_for(Duration::from_secs(5), "all objects", || following.objects.is_complete().then_some(()));
+        let all = following.objects.completed();
+        runtime().block_on(async { tokio::time::timeout(Duration::from_secs(10), all).await.unwrap() });
         following
     }
 
