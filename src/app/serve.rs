@@ -87,7 +87,7 @@ async fn start(args: Args, output: Output) -> Result<(), Error> {
             let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
             let excluded = [args.data_dir.clone(), secrets.clone()];
             let source = FolderSource::open(folder, &excluded).map_err(usage)?;
-            (Subjects::Folder { source, secrets }, folder.display().to_string())
+            (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
         }
         Origin::Cluster => (Subjects::Cluster(Cluster::find().await.map_err(usage)?), "--kube".to_owned()),
     };

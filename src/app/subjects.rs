@@ -30,7 +30,7 @@ const EVENTS: usize = 64;
 /// Whose certificates.
 pub(super) enum Subjects {
     /// The accounts of a folder of manifests.
-    Folder { source: FolderSource, secrets: PathBuf },
+    Folder { source: Box<FolderSource>, secrets: PathBuf },
     /// The accounts of a cluster.
     Cluster(Cluster),
 }
@@ -68,7 +68,7 @@ impl Subjects {
     ) -> Result<Followed, Error> {
         match self {
             Self::Folder { source, secrets } => {
-                follow_folder(args, source, secrets, data, authority, registry, stopped, tasks)
+                follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
             Self::Cluster(cluster) => Ok(follow_cluster(&cluster, stopped, tasks)),
         }

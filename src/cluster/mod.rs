@@ -6,9 +6,11 @@ mod objects;
 mod review;
 mod seen;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kube::config::{KubeConfigOptions, KubeconfigError};
 use kube::core::Request;
 use kube::core::params::GetParams;
 use kube::{Client, Config};
@@ -39,11 +41,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Why the API server is of no use.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no way to it.
+    /// Nothing says where it is.
     #[error(
         "no API server to ask: {0}; set KUBECONFIG to a file that kubectl can use, or run in a pod with a service account"
     )]
-    NoConfig(String),
+    Nowhere(String),
+    /// What says where it is cannot be used.
+    #[error("the kubeconfig cannot be used: {0}; try `kubectl config view`")]
+    Kubeconfig(String),
     /// The way to it cannot be used.
     #[error("the API server at {place} cannot be asked: {fault}")]
     Client {
@@ -80,8 +85,22 @@ impl std::fmt::Debug for Cluster {
 impl Cluster {
     /// The API server that `KUBECONFIG` or `~/.kube/config` names, or the one of the pod that this runs in.
     pub async fn find() -> Result<Self, Error> {
-        let config = Config::infer().await.map_err(|e| Error::NoConfig(e.to_string()))?;
-        Self::new(config)
+        let missing = match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
+            Ok(config) => return Self::new(config),
+            Err(KubeconfigError::ReadConfig(fault, path)) if fault.kind() == io::ErrorKind::NotFound => {
+                format!("there is no {}", path.display())
+            }
+            Err(KubeconfigError::FindPath) => "there is no home folder".to_owned(),
+            // What the reader says of it shows lines of the file, which may hold keys and tokens.
+            Err(KubeconfigError::Parse(_)) => {
+                return Err(Error::Kubeconfig("it is no kubeconfig".to_owned()));
+            }
+            Err(fault) => return Err(Error::Kubeconfig(fault.to_string())),
+        };
+        match Config::incluster() {
+            Ok(config) => Self::new(config),
+            Err(fault) => Err(Error::Nowhere(format!("{missing}, and this is no pod: {fault}"))),
+        }
     }
 
     /// The API server of a configuration.
