@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -24,6 +25,7 @@ use crate::config::serve::{Args, Origin, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::Event;
+use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
 use crate::sink::folder::FolderSink;
@@ -128,6 +130,8 @@ async fn run_with(
     let mut registry = Registry::default();
     authority.register(&mut registry);
     let csr_metrics = serve::Metrics::register(&mut registry);
+    let queue = Queue::new(Handle::current().metrics().num_workers(), queue::MOST);
+    queue.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
     let mut tasks = JoinSet::new();
@@ -158,6 +162,7 @@ async fn run_with(
         vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
         liveness,
         (args.ttl, args.max_ttl),
+        queue,
         csr_metrics,
     ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));

@@ -24,6 +24,16 @@ pub(crate) fn go_spiffe() -> PathBuf {
     find("go-spiffe")
 }
 
+/// The program in `tests/parts/istio-client`, made of istio.io/api and grpc-go; its head says what it takes.
+pub(crate) fn istio_client() -> PathBuf {
+    find("istio-client")
+}
+
+/// The command line for gRPC.
+pub(crate) fn grpcurl() -> PathBuf {
+    find("grpcurl")
+}
+
 /// A program of Kubernetes' control plane, etcd among them.
 pub(crate) fn kubernetes(name: &str) -> PathBuf {
     find("kubernetes").with_file_name(name)
@@ -50,6 +60,7 @@ fn every_part_is_there_and_runs() {
         (openssl(), "version"),
         (Command::new(go_spiffe()), "id"),
         (Command::new(faketime()), "--version"),
+        (Command::new(grpcurl()), "-version"),
         (Command::new(kubernetes("etcd")), "--version"),
         (Command::new(kubernetes("kube-apiserver")), "--version"),
         (Command::new(kubernetes("kube-controller-manager")), "--version"),
