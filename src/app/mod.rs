@@ -4,3 +4,4 @@ mod addresses;
 mod report;
 pub mod serve;
 mod subjects;
+mod tokens;

@@ -14,10 +14,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::addresses::Addresses;
-use super::report;
 use super::subjects::{Followed, Subjects};
+use super::{report, tokens};
 use crate::admin;
-use crate::auth::CertificateAuthenticator;
+use crate::auth::token::Tokens;
+use crate::auth::{CertificateAuthenticator, trial};
 use crate::authority::Authority;
 use crate::cluster::Cluster;
 use crate::config::cli::Output;
@@ -157,9 +158,12 @@ async fn run_with(
             }
         })
     };
+    let tokens = Tokens::new(None);
+    tokens.take(tokens::issuers(&args, &data).await?);
+    tokens.register(&mut registry);
     let requests = Arc::new(Requests::new(
         authority.clone(),
-        vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
+        vec![Box::new(tokens.clone()), Box::new(CertificateAuthenticator::new(authority.clone()))],
         liveness,
         (args.ttl, args.max_ttl),
         queue,
@@ -168,6 +172,7 @@ async fn run_with(
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
 
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
@@ -212,6 +217,7 @@ async fn run_with(
     };
     stop.send_replace(true);
     Addresses::withdraw(&data).map_err(fault)?;
+    trial::withdraw(&data).map_err(fault)?;
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),

@@ -9,6 +9,9 @@ mod accounts;
 mod certificate;
 mod forwarded;
 mod impersonation;
+pub mod keys;
+pub mod token;
+pub mod trial;
 
 use std::net::IpAddr;
 use std::pin::Pin;

@@ -9,6 +9,7 @@ mod kills;
 mod lifecycle;
 pub(crate) mod mtls;
 mod rotation;
+mod tokens;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
