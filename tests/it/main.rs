@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 mod cli;
+mod cluster;
 mod conformance;
 mod csr_api;
 mod docs;
