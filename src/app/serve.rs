@@ -135,9 +135,14 @@ async fn run_with(
     queue.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
+    let tokens = Tokens::new(subjects.cluster().map(|cluster| tokens::review(&args, cluster)));
+    tokens.register(&mut registry);
+    if subjects.cluster().is_none() {
+        tokens.take(tokens::issuers(&args, &data).await?);
+    }
     let mut tasks = JoinSet::new();
     let Followed { liveness, first, reported, events } =
-        subjects.follow(&args, &data, &authority, &mut registry, &stopped, &mut tasks)?;
+        subjects.follow(&args, &data, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
@@ -158,9 +163,6 @@ async fn run_with(
             }
         })
     };
-    let tokens = Tokens::new(None);
-    tokens.take(tokens::issuers(&args, &data).await?);
-    tokens.register(&mut registry);
     let requests = Arc::new(Requests::new(
         authority.clone(),
         vec![Box::new(tokens.clone()), Box::new(CertificateAuthenticator::new(authority.clone()))],

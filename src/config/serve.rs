@@ -131,7 +131,7 @@ pub struct Args {
     pub dns_names: Vec<ServingName>,
 
     /// Issuer of the service account tokens to take, as their iss says it; without --token-jwks an https URL whose
-    /// .well-known/openid-configuration says where its keys are
+    /// .well-known/openid-configuration says where its keys are [default: none; the API server's and its keys with --kube]
     #[arg(long, value_name = "ISSUER", env = "MICA_TOKEN_ISSUER", hide_env = true)]
     pub token_issuer: Option<String>,
 
@@ -155,6 +155,10 @@ pub struct Args {
         hide_env = true
     )]
     pub token_audience: String,
+
+    /// Take a service account's token only if the API server vouches for it, too (TokenReview; needs --kube)
+    #[arg(long, requires = "kube", env = "MICA_TOKEN_REVIEW", hide_env = true)]
+    pub token_review: bool,
 
     /// Take the tokens that `mica token new` makes, for trials: whoever can read the data folder can be any account
     #[arg(long, env = "MICA_TRIAL_TOKENS", hide_env = true)]
@@ -195,6 +199,12 @@ impl Args {
                 );
             }
             (None, true) => {}
+        }
+        if self.trial_tokens {
+            return Err(
+                "--trial-tokens is not for clusters: leave it out, and take the tokens that the cluster makes"
+                    .to_owned(),
+            );
         }
         let delivery = [
             ("--secrets", self.secrets.is_some()),
