@@ -1,17 +1,15 @@
 //! Whose tokens a running Mica takes.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::serve::Error;
-use crate::auth::keys::{Discovered, FROM_FILE, FROM_SERVER, FixedKeys, KeyFile, KeyServer, LiveKeys};
+use crate::auth::keys::{self, FROM_SERVER, FixedKeys, LiveKeys};
 use crate::auth::token::{Issuer, Review, Subjects, Tokens};
-use crate::auth::{KeySource, trial};
+use crate::auth::trial;
 use crate::cluster::{Cluster, TokenReviews};
 use crate::config::serve::Args;
 use crate::core::token::trial::ISSUER;
-use crate::core::url::Url;
 use crate::sys::dir::Dir;
 
 /// While the API server has never answered, it is asked again after so long, then twice as long, and so on.
@@ -40,26 +38,16 @@ pub(super) async fn issuers(args: &Args, data: &Dir) -> Result<Vec<Arc<Issuer>>,
     Ok(issuers)
 }
 
-/// The living keys of an issuer: from a file, which has to be good now; from a server, which may come later; or from where
-/// the issuer says.
+/// A file has to be good now; a server may come later.
 async fn living(issuer: &str, jwks: Option<&str>) -> Result<LiveKeys, String> {
-    let server = |source: Arc<dyn KeySource>| LiveKeys::new(source, FROM_SERVER);
-    match jwks {
-        None => {
-            let url: Url = issuer.parse().map_err(|e| {
-                format!("--token-issuer: {e}; or give the issuer's keys with --token-jwks FILE-or-URL")
-            })?;
-            Ok(server(Arc::new(Discovered(url))))
-        }
-        Some(place) if place.contains("://") => {
-            Ok(server(Arc::new(KeyServer(place.parse().map_err(|e| format!("--token-jwks: {e}"))?))))
-        }
-        Some(path) => {
-            let keys = LiveKeys::new(Arc::new(KeyFile(PathBuf::from(path))), FROM_FILE);
-            keys.look().await.map_err(|e| format!("--token-jwks: {e}"))?;
-            Ok(keys)
-        }
+    let (keys, is_file) = keys::of(issuer, jwks).map_err(|e| match jwks {
+        None => format!("--token-issuer: {e}; or give the issuer's keys with --token-jwks FILE-or-URL"),
+        Some(_) => format!("--token-jwks: {e}"),
+    })?;
+    if is_file {
+        keys.look().await.map_err(|e| format!("--token-jwks: {e}"))?;
     }
+    Ok(keys)
 }
 
 fn service_accounts(name: &str, args: &Args, keys: LiveKeys) -> Arc<Issuer> {
@@ -75,11 +63,11 @@ fn service_accounts(name: &str, args: &Args, keys: LiveKeys) -> Arc<Issuer> {
 /// Takes the tokens of a cluster's API server for ever, and those of another issuer of them from then on. What the flags
 /// name counts instead: the issuer, and where its keys are.
 pub(super) async fn follow(args: &Args, cluster: Cluster, tokens: &Tokens) -> Result<(), Error> {
-    let keys = || LiveKeys::new(Arc::new(cluster.clone()), FROM_SERVER);
+    let own_keys = || LiveKeys::new(Arc::new(cluster.clone()), FROM_SERVER);
     if let Some(name) = &args.token_issuer {
         let keys = match &args.token_jwks {
             Some(place) => living(name, Some(place)).await.map_err(Error::Usage)?,
-            None => keys(),
+            None => own_keys(),
         };
         tokens.take(vec![service_accounts(name, args, keys)]);
         return std::future::pending().await;
@@ -92,7 +80,7 @@ pub(super) async fn follow(args: &Args, cluster: Cluster, tokens: &Tokens) -> Re
                 pause = FROM_SERVER;
                 if known.as_ref() != Some(&name) {
                     tracing::info!(issuer = name, "the tokens of this issuer are taken");
-                    tokens.take(vec![service_accounts(&name, args, keys())]);
+                    tokens.take(vec![service_accounts(&name, args, own_keys())]);
                     known = Some(name);
                 }
             }

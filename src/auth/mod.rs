@@ -10,6 +10,7 @@ mod certificate;
 mod forwarded;
 mod impersonation;
 pub mod keys;
+pub mod oidc;
 pub mod token;
 pub mod trial;
 

@@ -6,6 +6,7 @@
 mod cli;
 mod cluster;
 mod conformance;
+mod csr_api;
 mod docs;
 mod envoy;
 mod fixtures;
