@@ -81,7 +81,7 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => Ok(follow_cluster(args, cluster, tokens, stopped, tasks)),
+            Self::Cluster(cluster) => Ok(follow_cluster(args, cluster, tokens, registry, stopped, tasks)),
         }
     }
 }
@@ -142,10 +142,12 @@ fn follow_cluster(
     args: &Args,
     cluster: Cluster,
     tokens: &Arc<Tokens>,
+    registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
+    objects.register(registry);
     let (events, mut inbox) = mpsc::channel(EVENTS);
     // Nobody has anything delivered that a new issuer would have to replace.
     tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));

@@ -28,6 +28,20 @@ fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> Mica {
     place.start_command(command(place, plane).args(arguments))
 }
 
+/// The metrics of one that has answered a request, about somebody whom no watch has told of.
+pub(crate) fn metrics_page() -> String {
+    let (place, plane) = (Place::new(), ControlPlane::shared());
+    let mica = start(&place, plane, &[]);
+    let namespace = plane.namespace();
+    namespace.account("web");
+    let token = namespace.token("web", "istio-ca", None);
+    namespace.delete_account("web");
+    Client::new(&mica, &place).wait_for_refusal(&token, "ACCOUNT_GONE");
+    let page = mica.page("/metrics").1;
+    mica.stop();
+    page
+}
+
 /// A workload's connection.
 struct Client(Channel);
 
