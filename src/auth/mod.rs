@@ -8,6 +8,7 @@
 mod accounts;
 mod certificate;
 mod forwarded;
+mod policy;
 
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -24,6 +25,7 @@ use crate::core::spiffe::ServiceAccount;
 pub use accounts::Accounts;
 pub use certificate::CertificateAuthenticator;
 pub use forwarded::{ForwardedAuthenticator, Trusted};
+pub use policy::LivingPolicy;
 
 /// An answer that may have to be waited for.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

@@ -32,6 +32,11 @@ struct Method {
     method: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LeftOut {
+    reason: &'static str,
+}
+
 /// Counters of the CSR services.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -39,6 +44,7 @@ pub struct Metrics {
     refused: Family<Refused, Counter>,
     duration: Family<Method, Histogram>,
     other_identities: Counter,
+    left_out: Family<LeftOut, Counter>,
     asked: Unsuffixed,
     unauthenticated: Unsuffixed,
     unreadable: Unsuffixed,
@@ -53,6 +59,7 @@ impl Metrics {
             refused: Family::default(),
             duration: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
             other_identities: Counter::default(),
+            left_out: Family::default(),
             asked: Unsuffixed::default(),
             unauthenticated: Unsuffixed::default(),
             unreadable: Unsuffixed::default(),
@@ -78,6 +85,11 @@ impl Metrics {
             "mica_requests_for_another_identity",
             "Requests whose CSR named another identity than the caller's, which got its own",
             metrics.other_identities.clone(),
+        );
+        registry.register(
+            "mica_dns_names_left_out",
+            "DNS names that CSRs asked for and that policy does not grant, by reason",
+            metrics.left_out.clone(),
         );
         registry.register(
             "citadel_server_csr_count",
@@ -133,5 +145,9 @@ impl Metrics {
 
     pub(super) fn another_identity(&self) {
         self.other_identities.inc();
+    }
+
+    pub(super) fn left_out(&self, reason: &'static str) {
+        self.left_out.get_or_create(&LeftOut { reason }).inc();
     }
 }

@@ -121,8 +121,8 @@ pub struct Ask<'a> {
     pub key: Option<KeyKind>,
     /// The DNS names in the CSR.
     pub dns: &'a [String],
-    /// The lifetime in seconds; 0 or less asks for the default.
-    pub seconds: i64,
+    /// The lifetime; none asks for the default.
+    pub lifetime: Option<Lifetime>,
     /// The time.
     pub now: OffsetDateTime,
 }
@@ -302,7 +302,7 @@ impl Policy {
         own.denied(&ask.caller.account)?;
         rules.denied(account)?;
         rules.key(account, ask.key)?;
-        let lifetime = rules.lifetime(account, ask.seconds)?;
+        let lifetime = rules.lifetime(account, ask.lifetime)?;
         let (dns, left_out) = self.dns(rules, account, ask.dns);
         Ok(Decision {
             account: account.clone(),
@@ -367,7 +367,7 @@ impl Policy {
         );
         step(
             "lifetime",
-            rules.lifetime(account, ask.seconds).map(|granted| {
+            rules.lifetime(account, ask.lifetime).map(|granted| {
                 format!(
                     "{} ({}); the longest is {} ({})",
                     granted.value,
@@ -580,11 +580,8 @@ impl Rules {
         Err(Refusal::new(Reason::KeyRefused, sentence).with_detail(origin.located()))
     }
 
-    fn lifetime(&self, account: &ServiceAccount, seconds: i64) -> Result<Of<Lifetime>, Refusal> {
-        let asked = match u64::try_from(seconds) {
-            Ok(seconds) if seconds > 0 => Lifetime::from_secs(seconds),
-            _ => return Ok(self.lifetime.clone()),
-        };
+    fn lifetime(&self, account: &ServiceAccount, asked: Option<Lifetime>) -> Result<Of<Lifetime>, Refusal> {
+        let Some(asked) = asked else { return Ok(self.lifetime.clone()) };
         if asked <= self.longest.value {
             return Ok(Of { value: asked, origin: Origin::Asked });
         }
