@@ -3,3 +3,4 @@
 mod addresses;
 mod report;
 pub mod serve;
+mod tokens;

@@ -12,20 +12,23 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::addresses::Addresses;
-use super::report;
+use super::{report, tokens};
 use crate::admin;
-use crate::auth::{Accounts, CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy};
+use crate::auth::token::Tokens;
+use crate::auth::{Accounts, CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::{Args, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::policy::{Limits, SHORTEST};
 use crate::reconcile::{self, Event, Reconciler};
+use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
 use crate::sink::Sink as _;
@@ -142,6 +145,8 @@ async fn run_with(
     authority.register(&mut registry);
     let csr_metrics = serve::Metrics::register(&mut registry);
     policy.register(&mut registry);
+    let queue = Queue::new(Handle::current().metrics().num_workers(), queue::MOST);
+    queue.register(&mut registry);
     registry.register_collector(Box::new(SourceFaults(source.faults())));
 
     let (stop, stopped) = watch::channel(false);
@@ -173,6 +178,9 @@ async fn run_with(
             }
         })
     };
+    let tokens = Tokens::new(None);
+    tokens.take(tokens::issuers(&args, &data).await?);
+    tokens.register(&mut registry);
     let accounts = Arc::new(Accounts::default());
     let by_certificate = Arc::new(CertificateAuthenticator::new(authority.clone()));
     let forwarders = policy.clone();
@@ -183,9 +191,10 @@ async fn run_with(
     );
     let requests = Arc::new(Requests::new(
         authority.clone(),
-        vec![Box::new(forwarded), Box::new(by_certificate)],
+        vec![Box::new(tokens.clone()), Box::new(forwarded), Box::new(by_certificate)],
         accounts.clone(),
         policy.clone(),
+        queue,
         csr_metrics,
     ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
@@ -195,7 +204,7 @@ async fn run_with(
     let (door, place) = (authority.clone(), sink.clone());
     let reconciler = Reconciler::new(door, place, options, metrics, stopped.clone(), report::progress());
     // Writing folders blocks, so the loop has a thread of its own.
-    let handle = tokio::runtime::Handle::current();
+    let handle = Handle::current();
     tasks.spawn_blocking(move || {
         handle.block_on(reconciler.run(inbox, first));
         Ok(())
@@ -219,6 +228,7 @@ async fn run_with(
     }));
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     tasks.spawn(until(stopping(), async move { policy.follow().await }));
+    tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
@@ -263,6 +273,7 @@ async fn run_with(
     };
     stop.send_replace(true);
     Addresses::withdraw(&data).map_err(fault)?;
+    trial::withdraw(&data).map_err(fault)?;
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),

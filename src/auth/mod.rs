@@ -8,7 +8,10 @@
 mod accounts;
 mod certificate;
 mod forwarded;
+pub mod keys;
 mod policy;
+pub mod token;
+pub mod trial;
 
 use std::net::IpAddr;
 use std::pin::Pin;

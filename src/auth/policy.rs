@@ -130,6 +130,7 @@ async fn changed(watcher: Option<Watcher<()>>) {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "tests change files as other programs do")]
 mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;

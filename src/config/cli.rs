@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::serve::{self, MadeKind};
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::{DnsName, Organization};
-use crate::core::spiffe::{SpiffeId, TrustDomain};
+use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
 
 /// A certificate authority for workload mTLS identity
 ///
@@ -74,7 +74,7 @@ pub enum Command {
     /// Make a CA below a root, which signs workload certificates
     #[command(subcommand)]
     Intermediate(IntermediateCommand),
-    /// Make a certificate signing request
+    /// Make a certificate signing request, or have one signed by a running authority
     #[command(subcommand)]
     Csr(CsrCommand),
     /// Sign a CSR into a workload certificate
@@ -106,6 +106,9 @@ pub enum Command {
     /// Work with trust bundles, as PEM or as SPIFFE JSON
     #[command(subcommand)]
     Bundle(BundleCommand),
+    /// Make tokens to try a running authority with
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
@@ -207,6 +210,72 @@ pub enum CsrCommand {
         after_help = "Example:\n  mica csr new --identity spiffe://cluster.local/ns/default/sa/web --out web"
     )]
     New(CsrNew),
+    /// Ask a running authority for a certificate: for a new key, or for a CSR made elsewhere
+    ///
+    /// The identity is whoever the token or the certificate shows, not what a CSR says. What comes back is checked
+    /// before anything is written: that it is for this key, of that identity, and leads to the trust bundle beside it.
+    /// Writes key.pem (PKCS#8, mode 0600; not with --csr), root-cert.pem and cert-chain.pem. The folder is made if it is
+    /// missing; none of these files may be there. Exits 1 when the authority says no.
+    #[command(
+        after_help = "Examples:\n  mica csr request --data-dir .mica --token-file token --out web\n  mica csr request --address istiod.istio-system.svc:15012 --roots root-cert.pem --certificate web --out web-renewed"
+    )]
+    Request(Box<CsrRequest>),
+}
+
+/// Which running Mica to ask, and as whom.
+#[derive(Clone, Debug, Args)]
+#[command(
+    group(ArgGroup::new("authority").args(["roots", "data_dir"]).required(true)),
+    group(ArgGroup::new("credential").args(["token_file", "certificate"]).required(true))
+)]
+pub struct Connect {
+    /// Where the authority's gRPC services listen
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:15012")]
+    pub address: String,
+    /// The trust bundle that the authority's own certificate has to lead to, PEM or SPIFFE JSON
+    #[arg(long, value_name = "FILE")]
+    pub roots: Option<PathBuf>,
+    /// In place of --address and --roots: the data folder of a `mica serve` that runs on this machine
+    #[arg(long, value_name = "DIR", conflicts_with = "address")]
+    pub data_dir: Option<PathBuf>,
+    /// The DNS name or IP address that the authority's certificate has to be for [default: the address's host]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Show a token: a file that holds it, read for each request
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Show a certificate in TLS, as for a renewal: a folder with cert-chain.pem and key.pem
+    #[arg(long, value_name = "DIR")]
+    pub certificate: Option<PathBuf>,
+}
+
+/// `mica csr request`.
+#[derive(Debug, Args)]
+pub struct CsrRequest {
+    /// Whom to ask.
+    #[command(flatten)]
+    pub connect: Connect,
+    /// The folder to write to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The kind of the key
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
+    pub key_kind: MadeKind,
+    /// A CSR made elsewhere, PEM, in place of a new key; `-` is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "key_kind")]
+    pub csr: Option<PathBuf>,
+    /// How long it should be valid (s, m, h, d or y) [default: what the authority gives]
+    #[arg(long, value_name = "DURATION", value_parser = lifetime)]
+    pub ttl: Option<Lifetime>,
+    /// Ask that the lifetime is not shortened, as it may be to spread renewals
+    #[arg(long)]
+    pub exact_lifetime: bool,
+    /// Take a certificate for this identity alone [default: with --certificate its own, with --impersonate that one]
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload, conflicts_with = "impersonate")]
+    pub identity: Option<SpiffeId>,
+    /// Ask for another workload's certificate, as a node's proxy does for the pods of its node
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
+    pub impersonate: Option<SpiffeId>,
 }
 
 /// `mica csr new`.
@@ -378,6 +447,47 @@ pub enum BundleForm {
     Spiffe,
 }
 
+/// `mica token`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a short-lived service account token, for trials
+    ///
+    /// Prints the token and nothing else. It is signed with the trial issuer's key, which `mica serve DIR --trial-tokens`
+    /// keeps in its data folder while it runs; a server without that flag takes no such token, and neither does any other.
+    #[command(
+        after_help = "Example:\n  mica serve examples/bookinfo --trial-tokens\n  mica token new bookinfo/productpage --ttl 10m --out token"
+    )]
+    New(TokenNew),
+}
+
+/// `mica token new`.
+#[derive(Debug, Args)]
+pub struct TokenNew {
+    /// Whose token it is, as namespace/name
+    #[arg(value_name = "ACCOUNT", value_parser = account)]
+    pub account: ServiceAccount,
+    /// The data folder of the running server
+    #[arg(long, value_name = "DIR", default_value = "./.mica")]
+    pub data_dir: PathBuf,
+    /// How long it is good, up to 1h (s, m or h)
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = trial_lifetime)]
+    pub ttl: Lifetime,
+    /// Whom it is for, as the server's --token-audience says it
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "istio-ca",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    pub audience: String,
+    /// Where it goes instead, mode 0600
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Replace FILE if it is there
+    #[arg(long, requires = "out")]
+    pub force: bool,
+}
+
 /// `mica completions`.
 #[derive(Debug, Args)]
 pub struct Completions {
@@ -414,6 +524,22 @@ fn lifetime(text: &str) -> Result<Lifetime, String> {
         return Err("it has to be longer than nothing; write one such as 24h".to_owned());
     }
     Ok(lifetime)
+}
+
+fn trial_lifetime(text: &str) -> Result<Lifetime, String> {
+    const LONGEST: Lifetime = Lifetime::from_secs(3600);
+    let lifetime = lifetime(text)?;
+    if lifetime > LONGEST {
+        return Err(format!("a trial token is good for {LONGEST} at most"));
+    }
+    Ok(lifetime)
+}
+
+fn account(text: &str) -> Result<ServiceAccount, String> {
+    let (namespace, name) = text
+        .split_once('/')
+        .ok_or_else(|| "it is no account; write namespace/name, such as bookinfo/productpage".to_owned())?;
+    ServiceAccount::new(namespace, name).map_err(|e| e.to_string())
 }
 
 fn moment(text: &str) -> Result<OffsetDateTime, String> {

@@ -15,6 +15,7 @@ const EXAMPLES: &str = "\
 Examples:
   mica serve examples/bookinfo
   mica serve manifests/ --trust-domain example.org --ttl 1h
+  mica serve manifests/ --token-issuer https://kubernetes.default.svc.cluster.local --token-jwks jwks.json
   mica serve manifests/ --authority /etc/mica/ca --secrets /var/lib/mica/secrets --secrets-group 1337 --secrets-mode 0640
 
 Each flag can also be set by the environment variable MICA_<FLAG>, such as MICA_TRUST_DOMAIN.";
@@ -124,6 +125,36 @@ pub struct Args {
         hide_env = true
     )]
     pub dns_names: Vec<ServingName>,
+
+    /// Issuer of the service account tokens to take, as their iss says it; without --token-jwks an https URL whose
+    /// .well-known/openid-configuration says where its keys are
+    #[arg(long, value_name = "ISSUER", env = "MICA_TOKEN_ISSUER", hide_env = true)]
+    pub token_issuer: Option<String>,
+
+    /// File or https URL of that issuer's public keys (a JWK Set)
+    #[arg(
+        long,
+        value_name = "FILE-OR-URL",
+        requires = "token_issuer",
+        env = "MICA_TOKEN_JWKS",
+        hide_env = true
+    )]
+    pub token_jwks: Option<String>,
+
+    /// What has to be among the aud of service account tokens
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "istio-ca",
+        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        env = "MICA_TOKEN_AUDIENCE",
+        hide_env = true
+    )]
+    pub token_audience: String,
+
+    /// Take the tokens that `mica token new` makes, for trials: whoever can read the data folder can be any account
+    #[arg(long, env = "MICA_TRIAL_TOKENS", hide_env = true)]
+    pub trial_tokens: bool,
 
     /// How the log is written [default: human on a terminal, else json]
     #[arg(long, value_name = "FORMAT", value_enum, env = "MICA_LOG_FORMAT", hide_env = true)]

@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::core::policy;
 use crate::core::refusal::{Code, Reason, Refusal};
 use crate::telemetry::Unsuffixed;
 
@@ -86,6 +87,9 @@ impl Metrics {
             "Requests whose CSR named another identity than the caller's, which got its own",
             metrics.other_identities.clone(),
         );
+        for why in policy::LeftOut::ALL {
+            drop(metrics.left_out.get_or_create(&LeftOut { reason: why.name() }));
+        }
         registry.register(
             "mica_dns_names_left_out",
             "DNS names that CSRs asked for and that policy does not grant, by reason",

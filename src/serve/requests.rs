@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use tracing::{Instrument as _, debug_span};
 
 use super::metrics::Metrics;
+use super::queue::Queue;
 use crate::auth::{Authenticator, Evidence, Life, Liveness, LivingPolicy};
 use crate::authority::{self, Authority, Cause, Grant};
 use crate::core::calendar::{Calendar, Spread};
@@ -51,6 +52,7 @@ pub struct Requests {
     liveness: Arc<dyn Liveness>,
     policy: Arc<LivingPolicy>,
     calendar: Mutex<Calendar>,
+    queue: Queue,
     pub(super) metrics: Metrics,
 }
 
@@ -61,10 +63,11 @@ impl Requests {
         authenticators: Vec<Box<dyn Authenticator>>,
         liveness: Arc<dyn Liveness>,
         policy: Arc<LivingPolicy>,
+        queue: Queue,
         metrics: Metrics,
     ) -> Self {
         let calendar = Mutex::default();
-        Self { authority, authenticators, liveness, policy, calendar, metrics }
+        Self { authority, authenticators, liveness, policy, calendar, queue, metrics }
     }
 
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
@@ -74,7 +77,9 @@ impl Requests {
         let trace = trace_id(evidence);
         let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
         let mut caller = None;
-        let granted = self.try_grant(ask, evidence, &mut caller).instrument(span).await;
+        let work = self.try_grant(ask, evidence, &mut caller).instrument(span);
+        let granted =
+            self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
         let authenticator = caller.as_ref().map(|caller: &Caller| caller.proof.name());
         self.metrics.answered(ask.method, authenticator, granted.as_ref().err(), begun.elapsed());
         if let Err(refusal) = &granted {
@@ -119,7 +124,7 @@ impl Requests {
         })?;
         let lifetime = self.even(&decision, wishes.exact, now)?;
         self.tell(&decision, lifetime);
-        let id = identity.spiffe_id(self.authority.trust_domain());
+        let id = decision.account.spiffe_id(self.authority.trust_domain());
         let proved_at = match caller.proof {
             Proof::Certificate { proved_at } => Some(proved_at),
             _ => None,

@@ -21,6 +21,7 @@ use super::lifetime::{Lifetime, shown};
 use super::profile::DnsName;
 use super::refusal::{Reason, Refusal};
 use super::spiffe::{ServiceAccount, SpiffeId, shortened};
+use super::url::Url;
 use dns::Pattern;
 use file::File;
 
@@ -160,6 +161,9 @@ pub enum LeftOut {
 }
 
 impl LeftOut {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::NotGranted, Self::Own, Self::Malformed, Self::TooMany];
+
     /// Its label.
     pub fn name(self) -> &'static str {
         match self {
@@ -647,7 +651,7 @@ fn account(text: &str) -> Result<ServiceAccount, String> {
 fn issuers(said: &[file::Oidc]) -> Result<Vec<OidcIssuer>, Error> {
     let mut issuers: Vec<OidcIssuer> = Vec::new();
     for one in said {
-        fetchable(&one.issuer)?;
+        read::<Url>(&one.issuer)?;
         if issuers.iter().any(|other| other.issuer == one.issuer.value) {
             return Err(Error::at(
                 &one.issuer,
@@ -655,7 +659,7 @@ fn issuers(said: &[file::Oidc]) -> Result<Vec<OidcIssuer>, Error> {
             ));
         }
         if let Some(jwks) = one.jwks.as_ref().filter(|jwks| jwks.value.contains("://")) {
-            fetchable(jwks)?;
+            read::<Url>(jwks)?;
         }
         for text in [Some(&one.audience), one.jwks.as_ref()].into_iter().flatten() {
             if text.value.is_empty() {
@@ -684,28 +688,6 @@ fn issuers(said: &[file::Oidc]) -> Result<Vec<OidcIssuer>, Error> {
         });
     }
     Ok(issuers)
-}
-
-/// Keys are never fetched where somebody on the way could put others in their place.
-fn fetchable(url: &Spanned<String>) -> Result<(), Error> {
-    let (scheme, rest) = url.value.split_once("://").unwrap_or_default();
-    let authority = rest.split('/').next().unwrap_or_default();
-    let host = match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
-        _ => authority,
-    };
-    let is_safe = match scheme {
-        "https" => !host.is_empty(),
-        "http" => matches!(host, "localhost" | "127.0.0.1" | "[::1]"),
-        _ => false,
-    };
-    if !is_safe || url.value.contains(['?', '#', '@', ' ']) {
-        let shown = shortened(&url.value);
-        let reason =
-            format!("{shown:?} is no https URL (http for loopback alone) without user, query and fragment");
-        return Err(Error::at(url, reason));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -324,11 +324,11 @@ fn what_is_wrong_is_said_with_its_line() {
         // Issuers.
         ("oidc:\n  - issuer: https://a\n    audience: x\n", "missing field `accounts`"),
         ("oidc:\n  - issuer: https://a\n    accounts: []\n", "missing field `audience`"),
-        ("oidc:\n  - issuer: http://a\n    audience: x\n    accounts: []\n", "line 2: \"http://a\" is no https URL"),
+        ("oidc:\n  - issuer: http://a\n    audience: x\n    accounts: []\n", "line 2: \"http://a\" is not https"),
         ("oidc:\n  - issuer: https://u@a\n    audience: x\n    accounts: []\n", "line 2: "),
         ("oidc:\n  - issuer: http://127.0.0.1.evil.org\n    audience: x\n    accounts: []\n", "line 2: "),
         ("oidc:\n  - issuer: http://[::1].evil.org\n    audience: x\n    accounts: []\n", "line 2: "),
-        ("oidc:\n  - issuer: https://a\n    jwks: http://b/keys\n    audience: x\n    accounts: []\n", "line 3: \"http://b/keys\" is no https URL"),
+        ("oidc:\n  - issuer: https://a\n    jwks: http://b/keys\n    audience: x\n    accounts: []\n", "line 3: \"http://b/keys\" is not https"),
         ("oidc:\n  - issuer: https://a\n    audience: ''\n    accounts: []\n", "line 3: audience and jwks cannot be empty"),
         ("oidc:\n  - {issuer: https://a, audience: x, accounts: []}\n  - {issuer: https://a, audience: y, accounts: []}\n", "line 3: the issuer https://a comes twice"),
         ("oidc:\n  - issuer: https://a\n    audience: x\n    accounts:\n      - {subject: s, account: a/b}\n      - {subject: s, account: a/c}\n", "line 6: the subject \"s\" comes twice"),

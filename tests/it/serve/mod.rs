@@ -8,7 +8,9 @@ mod grpc;
 mod kills;
 mod lifecycle;
 pub(crate) mod mtls;
+mod policy;
 mod rotation;
+mod tokens;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
