@@ -1,15 +1,13 @@
 //! Whose tokens a running Mica takes.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::serve::Error;
-use crate::auth::keys::{Discovered, FROM_FILE, FROM_SERVER, FixedKeys, KeyFile, KeyServer, LiveKeys};
+use crate::auth::keys::{self, FROM_SERVER, FixedKeys, LiveKeys};
 use crate::auth::token::{Issuer, Subjects};
-use crate::auth::{KeySource, trial};
+use crate::auth::trial;
 use crate::config::serve::Args;
 use crate::core::token::trial::ISSUER;
-use crate::core::url::Url;
 use crate::sys::dir::Dir;
 
 /// The issuers that the flags name, and the trial issuer, made or withdrawn.
@@ -33,26 +31,16 @@ pub(super) async fn issuers(args: &Args, data: &Dir) -> Result<Vec<Arc<Issuer>>,
     Ok(issuers)
 }
 
-/// The living keys of an issuer: from a file, which has to be good now; from a server, which may come later; or from where
-/// the issuer says.
+/// A file has to be good now; a server may come later.
 async fn living(issuer: &str, jwks: Option<&str>) -> Result<LiveKeys, String> {
-    let server = |source: Arc<dyn KeySource>| LiveKeys::new(source, FROM_SERVER);
-    match jwks {
-        None => {
-            let url: Url = issuer.parse().map_err(|e| {
-                format!("--token-issuer: {e}; or give the issuer's keys with --token-jwks FILE-or-URL")
-            })?;
-            Ok(server(Arc::new(Discovered(url))))
-        }
-        Some(place) if place.contains("://") => {
-            Ok(server(Arc::new(KeyServer(place.parse().map_err(|e| format!("--token-jwks: {e}"))?))))
-        }
-        Some(path) => {
-            let keys = LiveKeys::new(Arc::new(KeyFile(PathBuf::from(path))), FROM_FILE);
-            keys.look().await.map_err(|e| format!("--token-jwks: {e}"))?;
-            Ok(keys)
-        }
+    let (keys, is_file) = keys::of(issuer, jwks).map_err(|e| match jwks {
+        None => format!("--token-issuer: {e}; or give the issuer's keys with --token-jwks FILE-or-URL"),
+        Some(_) => format!("--token-jwks: {e}"),
+    })?;
+    if is_file {
+        keys.look().await.map_err(|e| format!("--token-jwks: {e}"))?;
     }
+    Ok(keys)
 }
 
 fn service_accounts(name: &str, audience: &str, keys: LiveKeys) -> Arc<Issuer> {

@@ -15,17 +15,28 @@ use super::{Answer, KeySource};
 use crate::core::inspect::one_line;
 use crate::core::spiffe::shortened;
 use crate::core::token::jwks::{self, KeySet};
-use crate::core::url::Url;
+use crate::core::url::{self, Url};
 use crate::sys::{clock, fetch, files};
 
 /// How often a server is asked.
 pub const FROM_SERVER: Duration = Duration::from_secs(300);
 /// How often a file is read.
-pub const FROM_FILE: Duration = Duration::from_secs(5);
+const FROM_FILE: Duration = Duration::from_secs(5);
 /// Nobody makes Mica ask more often than this, whatever tokens they send; and a failure is tried again after it.
 const AGAIN: Duration = Duration::from_secs(10);
 /// A request waits this long for keys that are being fetched: two documents, each within its own time.
 const PATIENCE: Duration = Duration::from_secs(11);
+
+/// Where an issuer's keys come from: a file, a server, or where the issuer itself says. Gives the keys, unread, and whether
+/// they are in a file.
+pub fn of(issuer: &str, place: Option<&str>) -> Result<(LiveKeys, bool), url::Error> {
+    let (source, is_file): (Arc<dyn KeySource>, _) = match place {
+        None => (Arc::new(Discovered(issuer.parse()?)), false),
+        Some(url) if url.contains("://") => (Arc::new(KeyServer(url.parse()?)), false),
+        Some(path) => (Arc::new(KeyFile(path.into())), true),
+    };
+    Ok((LiveKeys::new(source, if is_file { FROM_FILE } else { FROM_SERVER }), is_file))
+}
 
 /// The living keys of one issuer. Keys that an issuer takes away are gone with the next look; a look that fails changes
 /// nothing and is told.

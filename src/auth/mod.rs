@@ -8,7 +8,9 @@
 mod accounts;
 mod certificate;
 mod forwarded;
+mod impersonation;
 pub mod keys;
+pub mod oidc;
 mod policy;
 pub mod token;
 pub mod trial;
@@ -28,6 +30,7 @@ use crate::core::spiffe::ServiceAccount;
 pub use accounts::Accounts;
 pub use certificate::CertificateAuthenticator;
 pub use forwarded::{ForwardedAuthenticator, Trusted};
+pub use impersonation::Impersonation;
 pub use policy::LivingPolicy;
 
 /// An answer that may have to be waited for.

@@ -444,3 +444,299 @@ impl Collector for OfKeys {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use time::macros::datetime;
+
+    use super::*;
+    use crate::auth::keys::FROM_SERVER;
+    use crate::auth::{KeySource, Peer, Reviewed, oidc};
+    use crate::core::caller::Object;
+    use crate::core::key::{IssuerKey as _, SigningKey};
+    use crate::core::policy::{Limits, Policy};
+    use crate::core::token::trial;
+    use crate::sys::keys;
+
+    const NOW: OffsetDateTime = datetime!(2026-11-23 09:00:00 UTC);
+
+    /// An issuer whose set can be changed.
+    #[derive(Default)]
+    struct Source {
+        set: Mutex<String>,
+        looks: AtomicUsize,
+    }
+
+    impl KeySource for Source {
+        fn fetch(&self) -> Answer<'_, Result<Vec<u8>, String>> {
+            self.looks.fetch_add(1, Ordering::Relaxed);
+            let set = self.set.lock().unwrap().clone();
+            let found = if set.is_empty() { Err("nobody is there".to_owned()) } else { Ok(set.into_bytes()) };
+            Box::pin(std::future::ready(found))
+        }
+
+        fn place(&self) -> String {
+            "a test".to_owned()
+        }
+    }
+
+    fn key() -> SigningKey {
+        keys::generate(trial::KEY_KIND).unwrap().signing().unwrap()
+    }
+
+    fn account(name: &str) -> ServiceAccount {
+        ServiceAccount::new("shop", name).unwrap()
+    }
+
+    fn made(key: &SigningKey, name: &str, id: u8) -> String {
+        trial::token(key, &account(name), "istio-ca", NOW, "1h".parse().unwrap(), [id; 16]).unwrap()
+    }
+
+    async fn issuer(source: &Arc<Source>, uids: bool) -> Arc<Issuer> {
+        let keys = LiveKeys::new(source.clone(), FROM_SERVER);
+        let _ = keys.look().await;
+        Arc::new(Issuer {
+            name: trial::ISSUER.into(),
+            audience: "istio-ca".to_owned(),
+            keys: Arc::new(keys),
+            subjects: Subjects::ServiceAccounts { uids },
+        })
+    }
+
+    async fn with(review: Option<Review>, key: &SigningKey) -> (Arc<Tokens>, Arc<Source>) {
+        let source = Arc::new(Source::default());
+        *source.set.lock().unwrap() = trial::jwks(key.public());
+        let tokens = Tokens::new(review);
+        tokens.take(vec![issuer(&source, false).await]);
+        (tokens, source)
+    }
+
+    async fn judged(tokens: &Arc<Tokens>, token: &str, now: OffsetDateTime) -> Result<Caller, Reason> {
+        let mut metadata = MetadataMap::new();
+        metadata.insert("authorization", format!("Bearer {token}").parse().unwrap());
+        let peer = Peer::new([127, 0, 0, 1].into(), Vec::new());
+        let evidence = Evidence { peer: &peer, metadata: &metadata };
+        assert!(tokens.applies(&evidence));
+        tokens.judge(&evidence, now).await.map_err(|refusal| refusal.reason)
+    }
+
+    fn checks(tokens: &Tokens, how: &'static str) -> u64 {
+        tokens.checks.get_or_create(&Check { how }).get()
+    }
+
+    #[tokio::test]
+    async fn a_verdict_is_remembered_for_five_minutes_and_never_past_the_token() {
+        let key = key();
+        let (tokens, _) = with(None, &key).await;
+        let token = made(&key, "web", 1);
+        let minutes = time::Duration::minutes;
+        for (at, verified) in [(0, 1), (4, 1), (5, 2), (9, 2), (58, 3), (59, 3)] {
+            let caller = judged(&tokens, &token, NOW + minutes(at)).await.unwrap();
+            assert_eq!(caller.account, account("web"));
+            assert_eq!(checks(&tokens, "verified"), verified, "{at} minutes later");
+        }
+        assert_eq!(judged(&tokens, &token, NOW + minutes(60)).await, Err(Reason::TokenExpired));
+        // A clock that was set back says nothing about when.
+        judged(&tokens, &token, NOW + minutes(30)).await.unwrap();
+        assert_eq!(checks(&tokens, "verified"), 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_verdict_ends_with_its_key_and_with_its_issuer() {
+        let (one, two) = (key(), key());
+        let (tokens, source) = with(None, &one).await;
+        let token = made(&one, "web", 1);
+        judged(&tokens, &token, NOW).await.unwrap();
+        *source.set.lock().unwrap() = trial::jwks(two.public());
+        let keys = tokens.issuers.load().all[0].keys.clone();
+        keys.look().await.unwrap();
+        assert_eq!(judged(&tokens, &token, NOW).await, Err(Reason::TokenKeyUnknown));
+
+        let token = made(&two, "web", 1);
+        judged(&tokens, &token, NOW).await.unwrap();
+        // The same set once more is no other.
+        keys.look().await.unwrap();
+        judged(&tokens, &token, NOW).await.unwrap();
+        assert_eq!(checks(&tokens, "remembered"), 1);
+        tokens.take(Vec::new());
+        assert_eq!(judged(&tokens, &token, NOW).await, Err(Reason::CredentialUnsupported));
+        tokens.take(vec![issuer(&source, true).await]);
+        assert_eq!(judged(&tokens, &token, NOW).await, Err(Reason::TokenMalformed), "it tells no UID");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_are_looked_for_once_for_all_who_wait_and_not_for_ever() {
+        let (one, two) = (key(), key());
+        let (tokens, source) = with(None, &one).await;
+        *source.set.lock().unwrap() = trial::jwks(two.public());
+        let keeper = tokens.clone();
+        let keeper = tokio::spawn(async move { keeper.keep().await });
+        let token = made(&two, "web", 1);
+        // Just looked.
+        assert_eq!(judged(&tokens, &token, NOW).await, Err(Reason::TokenKeyUnknown));
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        let mut asked = JoinSet::new();
+        for _ in 0..50 {
+            let (tokens, token) = (tokens.clone(), token.clone());
+            asked.spawn(async move { judged(&tokens, &token, NOW).await.is_ok() });
+        }
+        while let Some(answer) = asked.join_next().await {
+            assert!(answer.unwrap());
+        }
+        assert_eq!(source.looks.load(Ordering::Relaxed), 2);
+
+        // Nobody there: the last set stays, and a first one is missed.
+        source.set.lock().unwrap().clear();
+        tokio::time::sleep(Duration::from_secs(301)).await;
+        assert_eq!(tokens.issuers.load().all[0].keys.failures(), 1);
+        judged(&tokens, &token, NOW).await.unwrap();
+        tokens.take(vec![issuer(&source, false).await]);
+        assert_eq!(judged(&tokens, &token, NOW).await, Err(Reason::VerifierUnavailable));
+        *source.set.lock().unwrap() = trial::jwks(two.public());
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        judged(&tokens, &token, NOW).await.unwrap();
+        keeper.abort();
+    }
+
+    /// An API server that says what it is told to.
+    #[derive(Default)]
+    struct Server {
+        asked: AtomicUsize,
+        rejects: AtomicBool,
+        other: AtomicBool,
+    }
+
+    impl Reviewer for Server {
+        fn review<'a>(&'a self, _: &'a str, audience: &'a str) -> Answer<'a, Result<Reviewed, Refusal>> {
+            assert_eq!(audience, "istio-ca");
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            let name = if self.other.load(Ordering::Relaxed) { "other" } else { "web" };
+            let said = match self.rejects.load(Ordering::Relaxed) {
+                true => Err(Refusal::new(Reason::TokenRejected, "no")),
+                false => Ok(Reviewed { account: account(name), bound: Bound::default() }),
+            };
+            Box::pin(std::future::ready(said))
+        }
+    }
+
+    #[tokio::test]
+    async fn the_api_server_is_asked_where_that_is_wanted_and_has_the_last_word() {
+        let key = key();
+        let server = Arc::new(Server::default());
+        let wanted = Arc::new(AtomicBool::new(false));
+        let asks = wanted.clone();
+        let wanted_now = Box::new(move |_: &ServiceAccount| asks.load(Ordering::Relaxed));
+        let review = Review { reviewer: server.clone(), wanted: wanted_now };
+        let (tokens, _) = with(Some(review), &key).await;
+        let token = made(&key, "web", 1);
+        let reviewed = |caller: Caller| matches!(caller.proof, Proof::Token { reviewed: true, .. });
+        assert!(!reviewed(judged(&tokens, &token, NOW).await.unwrap()));
+        // A policy that comes to want it finds that the verdict is not enough.
+        wanted.store(true, Ordering::Relaxed);
+        assert!(reviewed(judged(&tokens, &token, NOW).await.unwrap()));
+        assert!(reviewed(judged(&tokens, &token, NOW).await.unwrap()));
+        assert_eq!(server.asked.load(Ordering::Relaxed), 1, "its word is remembered");
+        server.rejects.store(true, Ordering::Relaxed);
+        for _ in 0..2 {
+            assert_eq!(judged(&tokens, &made(&key, "web", 2), NOW).await, Err(Reason::TokenRejected));
+        }
+        assert_eq!(server.asked.load(Ordering::Relaxed), 3, "a no is not remembered");
+        server.rejects.store(false, Ordering::Relaxed);
+        server.other.store(true, Ordering::Relaxed);
+        assert_eq!(judged(&tokens, &made(&key, "web", 3), NOW).await, Err(Reason::TokenRejected));
+        // Bad tokens never get that far.
+        let tampered = token.replace('.', "x.");
+        assert!(judged(&tokens, &tampered, NOW).await.is_err());
+        assert_eq!(server.asked.load(Ordering::Relaxed), 4);
+    }
+
+    #[test]
+    fn the_api_server_and_the_token_tell_the_same_story() {
+        let pod = |uid: &str| Some(Object { name: "p".to_owned(), uid: uid.to_owned() });
+        let bound = Bound { account_uid: Some("u".to_owned()), pod: pod("1"), node: None };
+        let (web, db) = (account("web"), account("db"));
+        assert!(agrees(&web, &bound, &web, &bound).is_ok());
+        assert!(agrees(&web, &Bound::default(), &web, &bound).is_ok());
+        for (account, said) in [
+            (&db, bound.clone()),
+            (&web, Bound { account_uid: Some("v".to_owned()), ..bound.clone() }),
+            (&web, Bound { pod: pod("2"), ..bound.clone() }),
+        ] {
+            assert!(agrees(account, &said, &web, &bound).is_err(), "{said:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_subjects_of_other_issuers_stand_for_accounts_by_exact_match() {
+        let key = key();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("jwks.json");
+        crate::sys::files::write_public(&file, trial::jwks(key.public()).as_bytes(), false).unwrap();
+        let policy = format!(
+            "oidc:\n- issuer: {}\n  jwks: {}\n  audience: istio-ca\n  accounts:\n  - {{subject: \"system:serviceaccount:shop:web\", account: prod/web}}\n",
+            trial::ISSUER,
+            file.display()
+        );
+        let [lifetime, longest] = ["24h", "90d"].map(|text| text.parse().unwrap());
+        let limits = Limits { lifetime, longest, own_names: Vec::new() };
+        let policy = Policy::parse(policy.as_bytes(), &limits).unwrap();
+        let issuers = oidc::issuers(policy.oidc(), &[]);
+        issuers[0].keys.look().await.unwrap();
+        let tokens = Tokens::new(None);
+        tokens.take(issuers.clone());
+        for _ in 0..2 {
+            let caller = judged(&tokens, &made(&key, "web", 1), NOW).await.unwrap();
+            assert_eq!(caller.account, ServiceAccount::new("prod", "web").unwrap());
+            assert_eq!(caller.proof, Proof::Oidc { issuer: trial::ISSUER.into() });
+        }
+        for name in ["web2", "we", "w.eb"] {
+            assert_eq!(judged(&tokens, &made(&key, name, 1), NOW).await, Err(Reason::TokenSubject), "{name}");
+        }
+        // The keys are the same ones after a change of the policy, and are not of another source.
+        let again = oidc::issuers(policy.oidc(), &issuers);
+        assert!(Arc::ptr_eq(&again[0].keys, &issuers[0].keys));
+        assert!(!Arc::ptr_eq(&oidc::issuers(policy.oidc(), &[])[0].keys, &issuers[0].keys));
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_is_bounded_and_goes_when_it_is_over() {
+        let key = key();
+        let (tokens, _) = with(None, &key).await;
+        let keys = tokens.issuers.load().all[0].keys.clone();
+        let caller = judged(&tokens, &made(&key, "web", 1), NOW).await.unwrap();
+        let now = NOW.unix_timestamp();
+        let verdict = || Verdict {
+            caller: caller.clone(),
+            from: now,
+            until: now + KEPT,
+            edition: 1,
+            generation: keys.generation(),
+            keys: keys.clone(),
+        };
+        let name = |number: u32| {
+            let mut name = [0; 32];
+            name.copy_from_slice(digest(&SHA256, &number.to_be_bytes()).as_ref());
+            name
+        };
+        let verdicts = Verdicts::default();
+        let held = || -> (usize, usize) {
+            let of = |shard: &Mutex<Shard>| {
+                let shard = shard.lock().unwrap();
+                (shard.young.len() + shard.old.len(), shard.young.capacity() + shard.old.capacity())
+            };
+            verdicts.shards.iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+        };
+        assert_eq!(held(), (0, 0));
+        for number in 0..200_000 {
+            verdicts.put(name(number), verdict());
+        }
+        assert!((VERDICTS / 4..=VERDICTS).contains(&held().0), "{held:?}", held = held());
+        assert!(verdicts.find(&name(199_999), 1, now).is_some());
+        assert!(verdicts.find(&name(0), 1, now).is_none());
+        assert!(verdicts.find(&name(199_999), 2, now).is_none());
+        verdicts.sweep(now + KEPT);
+        assert_eq!(held(), (0, 0));
+    }
+}

@@ -220,7 +220,7 @@ pub struct Policy {
     all: Rules,
     namespaces: HashMap<Arc<str>, Rules>,
     accounts: HashMap<ServiceAccount, Rules>,
-    impersonators: HashSet<ServiceAccount>,
+    impersonators: Vec<ServiceAccount>,
     forwarders: HashSet<SpiffeId>,
     oidc: Vec<OidcIssuer>,
     /// In lower case.
@@ -276,9 +276,9 @@ impl Policy {
             let resolved = above.with(&rules.value, &Scope::Account(account.clone()))?;
             accounts.insert(account, resolved);
         }
-        let mut impersonators = HashSet::new();
+        let mut impersonators = Vec::new();
         for name in &file.impersonators {
-            impersonators.insert(account(&name.value).map_err(|reason| Error::at(name, reason))?);
+            impersonators.push(account(&name.value).map_err(|reason| Error::at(name, reason))?);
         }
         let mut forwarders = HashSet::new();
         for id in &file.forwarders {
@@ -403,9 +403,9 @@ impl Policy {
             .any(|rules| rules.token_review.value)
     }
 
-    /// Whether an account may ask for others.
-    pub fn is_impersonator(&self, account: &ServiceAccount) -> bool {
-        self.impersonators.contains(account)
+    /// Who may ask for others.
+    pub fn impersonators(&self) -> &[ServiceAccount] {
+        &self.impersonators
     }
 
     /// Whether a proxy's word counts for whom it forwards.
@@ -432,7 +432,7 @@ impl Policy {
         if ask.impersonated.is_none() {
             return Ok(());
         }
-        if !self.is_impersonator(caller) {
+        if !self.impersonators.contains(caller) {
             let sentence = format!(
                 "{caller} may not ask for other identities; it is none of the policy's impersonators"
             );

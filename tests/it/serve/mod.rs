@@ -1,9 +1,10 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
-mod authority;
+pub(crate) mod authority;
 mod clock;
 mod delivery;
 mod disk;
+mod flood;
 mod grpc;
 mod kills;
 mod lifecycle;
