@@ -67,6 +67,11 @@ pub struct Args {
     #[arg(long, value_name = "DURATION", default_value = "90d", env = "MICA_MAX_TTL", hide_env = true)]
     pub max_ttl: Lifetime,
 
+    /// Who may have which certificate over the gRPC port (YAML); read again when it changes [default: each account its
+    /// own identity, without DNS names]
+    #[arg(long, value_name = "FILE", env = "MICA_POLICY", hide_env = true)]
+    pub policy: Option<PathBuf>,
+
     /// Kind of the keys that are made for the accounts
     #[arg(long, value_name = "KIND", default_value = "p256", env = "MICA_KEY_KIND", hide_env = true)]
     pub key_kind: MadeKind,
