@@ -95,7 +95,7 @@ struct Check {
 }
 
 impl Tokens {
-    /// Takes no issuer's tokens yet.
+    /// Does not know yet whose tokens to take.
     pub fn new(review: Option<Review>) -> Arc<Self> {
         Arc::new(Self {
             issuers: ArcSwap::default(),
@@ -112,6 +112,15 @@ impl Tokens {
         let edition = self.issuers.load().edition + 1;
         self.issuers.store(Arc::new(Issuers { edition, all: issuers }));
         self.taken.send_replace(());
+    }
+
+    /// Waits until it is known whose tokens are taken.
+    pub async fn settled(&self) {
+        let mut taken = self.taken.subscribe();
+        while self.issuers.load().edition == 0 {
+            // The sender lives as long as this.
+            let _ = taken.changed().await;
+        }
     }
 
     /// Keeps the keys of the issuers up to date, and memory free of what is over, for ever.
@@ -158,7 +167,7 @@ impl Tokens {
             return Ok(caller);
         }
         let token = Token::read(text)?;
-        let issuer = chosen(&issuers.all, &token)?;
+        let issuer = chosen(&issuers, &token)?;
         let (claims, generation) = verified(issuer, token).await?;
         let expires = claims.check(&issuer.audience, now)?;
         let caller = match &issuer.subjects {
@@ -264,7 +273,12 @@ fn bearer(metadata: &MetadataMap) -> Result<&str, Refusal> {
     }
 }
 
-fn chosen<'a>(issuers: &'a [Arc<Issuer>], token: &Token<'_>) -> Result<&'a Arc<Issuer>, Refusal> {
+fn chosen<'a>(issuers: &'a Issuers, token: &Token<'_>) -> Result<&'a Arc<Issuer>, Refusal> {
+    if issuers.edition == 0 {
+        let sentence = "whose tokens are taken is not known yet; try again";
+        return Err(Refusal::new(Reason::VerifierUnavailable, sentence));
+    }
+    let issuers = &issuers.all;
     if issuers.is_empty() {
         let sentence = "tokens are not taken here: no issuer of them is set up";
         return Err(Refusal::new(Reason::CredentialUnsupported, sentence));
