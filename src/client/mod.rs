@@ -32,8 +32,8 @@ use crate::proto::mica::v1::{ExplainRequest, ExplainResponse};
 use crate::sys::files;
 use dial::Dial;
 
-/// A server that takes longer to answer is not waited for. A full queue answers at once.
-const ANSWER: Duration = Duration::from_secs(30);
+/// A server that takes longer to answer is not waited for. Mica itself gives up a little earlier.
+const ANSWER: Duration = Duration::from_secs(35);
 /// Of Mica's error details.
 const DOMAIN: &str = "mica.dev";
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
