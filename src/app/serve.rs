@@ -144,13 +144,13 @@ async fn run_with(
     queue.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
-    let tokens = Tokens::new(subjects.cluster().map(|cluster| tokens::review(&args, cluster)));
+    let tokens = Tokens::new(subjects.cluster().map(|cluster| tokens::review(&args, &policy, cluster)));
     tokens.register(&mut registry);
     if subjects.cluster().is_none() {
         tokens.take(tokens::issuers(&args, &data).await?);
     }
     let mut tasks = JoinSet::new();
-    let Followed { liveness, first, reported, events } =
+    let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
@@ -183,6 +183,7 @@ async fn run_with(
         authority.clone(),
         vec![Box::new(tokens.clone()), Box::new(forwarded), Box::new(by_certificate)],
         liveness,
+        nodes,
         policy.clone(),
         queue,
         csr_metrics,

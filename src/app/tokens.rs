@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::serve::Error;
 use crate::auth::keys::{self, FROM_SERVER, FixedKeys, LiveKeys};
 use crate::auth::token::{Issuer, Review, Subjects, Tokens};
-use crate::auth::trial;
+use crate::auth::{LivingPolicy, trial};
 use crate::cluster::{Cluster, TokenReviews};
 use crate::config::serve::Args;
 use crate::core::token::trial::ISSUER;
@@ -93,8 +93,11 @@ pub(super) async fn follow(args: &Args, cluster: Cluster, tokens: &Tokens) -> Re
     }
 }
 
-/// The API server's word on tokens: on all, if that is wanted, else on those that only it can judge.
-pub(super) fn review(args: &Args, cluster: &Cluster) -> Review {
-    let all = args.token_review;
-    Review { reviewer: Arc::new(TokenReviews::new(cluster)), wanted: Box::new(move |_| all) }
+/// The API server's word on tokens: on all or some, if that is wanted, and on those that only it can judge.
+pub(super) fn review(args: &Args, policy: &Arc<LivingPolicy>, cluster: &Cluster) -> Review {
+    let (all, policy) = (args.token_review, policy.clone());
+    Review {
+        reviewer: Arc::new(TokenReviews::new(cluster)),
+        wanted: Box::new(move |account| all || policy.current().token_review(account)),
+    }
 }
