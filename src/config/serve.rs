@@ -273,7 +273,7 @@ impl std::fmt::Display for ServingName {
 }
 
 /// What istiod and istio-ca are reached by, and this machine.
-fn default_names() -> Vec<ServingName> {
+pub(super) fn default_names() -> Vec<ServingName> {
     ["istiod.istio-system.svc", "istio-ca", "istio-ca.istio-system.svc", "localhost"]
         .into_iter()
         .filter_map(|name| name.parse().ok().map(ServingName::Dns))

@@ -12,7 +12,7 @@ use crate::auth::{Authenticator, Evidence, Impersonation, Life, Liveness, Living
 use crate::authority::{self, Authority, Cause, Grant};
 use crate::core::calendar::{Calendar, Spread};
 use crate::core::caller::{Caller, Object, Proof};
-use crate::core::csr::{self, CheckedCsr};
+use crate::core::csr::CheckedCsr;
 use crate::core::issuer::{self, Order};
 use crate::core::lifetime::Lifetime;
 use crate::core::policy::{self, Decision};
@@ -122,7 +122,7 @@ impl Requests {
             }
         };
         let authorize = debug_span!("authorize").entered();
-        let csr = CheckedCsr::from_pem(ask.csr).map_err(unusable_csr)?;
+        let csr = CheckedCsr::from_pem(ask.csr)?;
         self.compare(ask, &csr, &identity)?;
         let decision = policy.decide(&policy::Ask {
             caller,
@@ -290,17 +290,6 @@ fn trace_id<'a>(evidence: &Evidence<'a>) -> Option<&'a str> {
 fn unknown(what: &str, why: String) -> Refusal {
     let sentence = format!("whether {what} lives cannot be known now; try again");
     Refusal::new(Reason::LivenessUnknown, sentence).with_detail(why)
-}
-
-fn unusable_csr(fault: csr::Error) -> Refusal {
-    let reason = match &fault {
-        csr::Error::Signature => Reason::CsrSignature,
-        csr::Error::Ca => Reason::CsrCa,
-        csr::Error::Uris(_) => Reason::CsrUris,
-        csr::Error::Key(_) => Reason::KeyRefused,
-        _ => Reason::CsrMalformed,
-    };
-    Refusal::new(reason, fault.to_string())
 }
 
 fn unusable_issuer(fault: authority::Error) -> Refusal {

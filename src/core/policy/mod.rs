@@ -331,7 +331,7 @@ impl Policy {
             "review",
             own.review(caller).map(|()| match (&caller.proof, own.token_review.value) {
                 (Proof::Token { .. }, true) => format!(
-                    "the API server vouches for the token, as {} wants",
+                    "the API server has to vouch for the token ({})",
                     own.token_review.origin.located()
                 ),
                 (Proof::Token { .. }, false) => "the API server need not vouch for the token".to_owned(),
@@ -353,7 +353,9 @@ impl Policy {
         step(
             "identity",
             self.impersonation(ask).map(|()| match ask.impersonated {
-                Some(account) => format!("{} may ask for {account}, which runs on its node", caller.account),
+                Some(account) => {
+                    format!("{} may ask for {account}, if a pod of it runs on the same node", caller.account)
+                }
                 None => format!("{account}, the caller's own"),
             }),
         );
@@ -378,7 +380,12 @@ impl Policy {
                     granted.origin.located(),
                     rules.longest.value,
                     rules.longest.origin.located()
-                )
+                ) + &match rules.spread.value {
+                    Spread::NONE => String::new(),
+                    spread => {
+                        format!("; up to {spread} less for an even load ({})", rules.spread.origin.located())
+                    }
+                }
             }),
         );
         let (dns, left_out) = self.dns(rules, account, ask.dns);
@@ -387,6 +394,11 @@ impl Policy {
         told.extend(left_out.iter().map(|(name, why)| format!("{} left out: {why}", shortened(name))));
         step("dns", Ok(if told.is_empty() { "none asked for".to_owned() } else { told.join("; ") }));
         steps
+    }
+
+    /// The most that an account may ask for.
+    pub fn longest(&self, account: &ServiceAccount) -> &Of<Lifetime> {
+        &self.rules(account).longest
     }
 
     /// Whether tokens of an account count only if the API server itself vouches for them.

@@ -188,6 +188,11 @@ fn the_example_decides_as_it_says() {
 }
 
 #[test]
+fn the_example_is_what_explain_is_shown_with() {
+    assert_eq!(example(), include_str!("../../../tests/cli/explain.in/policy.yaml"));
+}
+
+#[test]
 fn the_example_names_proxies_and_issuers() {
     let policy = policy(&example());
     assert!(policy.is_forwarder(&SpiffeId::parse("spiffe://cluster.local/ns/edge/sa/gateway").unwrap()));
