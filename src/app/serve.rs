@@ -144,7 +144,8 @@ async fn run_with(
     queue.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
-    let tokens = Tokens::new(subjects.cluster().map(|cluster| tokens::review(&args, &policy, cluster)));
+    let tokens =
+        Tokens::new(subjects.cluster().map(|cluster| tokens::review(&args, cluster, policy.clone())));
     tokens.register(&mut registry);
     if subjects.cluster().is_none() {
         tokens.take(tokens::issuers(&args, &data).await?);
@@ -191,6 +192,8 @@ async fn run_with(
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
 
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    let (said, taken) = (policy.clone(), tokens.clone());
+    tasks.spawn(until(stopping(), async move { tokens::follow_policy(&said, &taken).await }));
     tasks.spawn(until(stopping(), async move { policy.follow().await }));
     tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();

@@ -6,9 +6,10 @@ use std::time::Duration;
 use super::serve::Error;
 use crate::auth::keys::{self, FROM_SERVER, FixedKeys, LiveKeys};
 use crate::auth::token::{Issuer, Review, Subjects, Tokens};
-use crate::auth::{LivingPolicy, trial};
+use crate::auth::{LivingPolicy, oidc, trial};
 use crate::cluster::{Cluster, TokenReviews};
 use crate::config::serve::Args;
+use crate::core::spiffe::ServiceAccount;
 use crate::core::token::trial::ISSUER;
 use crate::sys::dir::Dir;
 
@@ -93,11 +94,25 @@ pub(super) async fn follow(args: &Args, cluster: Cluster, tokens: &Tokens) -> Re
     }
 }
 
-/// The API server's word on tokens: on all or some, if that is wanted, and on those that only it can judge.
-pub(super) fn review(args: &Args, policy: &Arc<LivingPolicy>, cluster: &Cluster) -> Review {
-    let (all, policy) = (args.token_review, policy.clone());
-    Review {
-        reviewer: Arc::new(TokenReviews::new(cluster)),
-        wanted: Box::new(move |account| all || policy.current().token_review(account)),
+/// Takes the tokens of the issuers that policy names, as it names them now, for ever.
+pub(super) async fn follow_policy(policy: &LivingPolicy, tokens: &Tokens) {
+    let mut changes = policy.changes();
+    let mut known = None;
+    loop {
+        let said = policy.current().oidc().to_vec();
+        if known.as_ref() != Some(&said) {
+            tokens.take_mapped(oidc::issuers(&said, &tokens.mapped()));
+            known = Some(said);
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
+        }
     }
+}
+
+/// The API server's word on tokens: on all, or on those for which policy wants it, and on those that only it can judge.
+pub(super) fn review(args: &Args, cluster: &Cluster, policy: Arc<LivingPolicy>) -> Review {
+    let all = args.token_review;
+    let wanted = Box::new(move |account: &ServiceAccount| all || policy.current().token_review(account));
+    Review { reviewer: Arc::new(TokenReviews::new(cluster)), wanted }
 }

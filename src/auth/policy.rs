@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{sleep, timeout};
 
 use crate::core::policy::{self, Limits, Policy};
@@ -25,6 +26,7 @@ const LOOK: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub struct LivingPolicy {
     current: ArcSwap<Policy>,
+    changes: Sender<()>,
     file: Option<PathBuf>,
     limits: Limits,
     failures: Counter,
@@ -40,6 +42,7 @@ impl LivingPolicy {
         };
         Ok(Self {
             current: ArcSwap::from_pointee(policy),
+            changes: Sender::new(()),
             file: file.map(Path::to_owned),
             limits,
             failures: Counter::default(),
@@ -50,6 +53,11 @@ impl LivingPolicy {
     /// As it is now. Whoever decides takes it once, so that a decision is of one policy.
     pub fn current(&self) -> Arc<Policy> {
         self.current.load_full()
+    }
+
+    /// Tells of each change, once it is in force.
+    pub fn changes(&self) -> Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// Registers its metrics.
@@ -89,6 +97,7 @@ impl LivingPolicy {
                 self.stale.set(0);
                 if policy != **self.current.load() {
                     self.current.store(Arc::new(policy));
+                    self.changes.send_replace(());
                     tracing::info!(file = %file.display(), "the changed policy is in force");
                 }
             }
