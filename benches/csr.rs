@@ -133,6 +133,7 @@ fn in_process() {
         authority.clone(),
         vec![Box::new(Arc::new(CertificateAuthenticator::new(authority.clone())))],
         accounts,
+        None,
         Arc::new(LivingPolicy::open(None, limits).unwrap()),
         Queue::new(1, queue::MOST),
         Metrics::register(registry),

@@ -8,7 +8,7 @@ use tracing::{Instrument as _, debug_span};
 
 use super::metrics::Metrics;
 use super::queue::Queue;
-use crate::auth::{Authenticator, Evidence, Life, Liveness, LivingPolicy};
+use crate::auth::{Authenticator, Evidence, Impersonation, Life, Liveness, LivingPolicy, Nodes};
 use crate::authority::{self, Authority, Cause, Grant};
 use crate::core::calendar::{Calendar, Spread};
 use crate::core::caller::{Caller, Object, Proof};
@@ -50,6 +50,7 @@ pub struct Requests {
     authority: Arc<Authority>,
     authenticators: Vec<Box<dyn Authenticator>>,
     liveness: Arc<dyn Liveness>,
+    nodes: Option<Arc<dyn Nodes>>,
     policy: Arc<LivingPolicy>,
     calendar: Mutex<Calendar>,
     queue: Queue,
@@ -57,17 +58,18 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// With the authenticators in their order: the first that applies decides.
+    /// With the authenticators in their order: the first that applies decides. Without `nodes` nobody may ask for others.
     pub fn new(
         authority: Arc<Authority>,
         authenticators: Vec<Box<dyn Authenticator>>,
         liveness: Arc<dyn Liveness>,
+        nodes: Option<Arc<dyn Nodes>>,
         policy: Arc<LivingPolicy>,
         queue: Queue,
         metrics: Metrics,
     ) -> Self {
         let calendar = Mutex::default();
-        Self { authority, authenticators, liveness, policy, calendar, queue, metrics }
+        Self { authority, authenticators, liveness, nodes, policy, calendar, queue, metrics }
     }
 
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
@@ -109,12 +111,20 @@ impl Requests {
         let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
         let caller = known.insert(caller);
         self.lives(caller).instrument(debug_span!("liveness")).await?;
-        let authorize = debug_span!("authorize").entered();
         let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
-        let identity = self.identity(caller, wishes)?;
+        let policy = self.policy.current();
+        let identity = match &wishes.impersonated {
+            None => caller.account.clone(),
+            Some(wanted) => {
+                let identity =
+                    self.impersonated(caller, wanted, policy.impersonators().contains(&caller.account));
+                identity.instrument(debug_span!("impersonation")).await?
+            }
+        };
+        let authorize = debug_span!("authorize").entered();
         let csr = CheckedCsr::from_pem(ask.csr)?;
         self.compare(ask, &csr, &identity)?;
-        let decision = self.policy.current().decide(&policy::Ask {
+        let decision = policy.decide(&policy::Ask {
             caller,
             impersonated: wishes.impersonated.is_some().then_some(&identity),
             key: Some(csr.key().kind()),
@@ -223,15 +233,27 @@ impl Requests {
         }
     }
 
-    /// Whom the certificate will name.
-    fn identity(&self, caller: &Caller, wishes: &Wishes) -> Result<ServiceAccount, Refusal> {
-        match wishes.impersonated {
-            None => Ok(caller.account.clone()),
-            Some(_) => {
-                let sentence = format!("{} may not ask for others", caller.account);
-                Err(Refusal::new(Reason::ImpersonatorUnknown, sentence))
-            }
-        }
+    /// Whom the certificate will name, if not the caller.
+    async fn impersonated(
+        &self,
+        caller: &Caller,
+        wanted: &str,
+        is_impersonator: bool,
+    ) -> Result<ServiceAccount, Refusal> {
+        let Some(nodes) = &self.nodes else {
+            let sentence =
+                "nobody may ask for others here: who runs on which node is known in a cluster only";
+            return Err(Refusal::new(Reason::ImpersonatorUnknown, sentence));
+        };
+        let impersonation = Impersonation {
+            nodes: &**nodes,
+            liveness: &*self.liveness,
+            trust_domain: self.authority.trust_domain(),
+            is_impersonator,
+        };
+        let account = impersonation.judge(caller, wanted).await?;
+        tracing::info!(caller = %caller.account, identity = %account, "a proxy asks for the identity of a pod on its node");
+        Ok(account)
     }
 
     /// The CSR gives its key alone. What it names is compared, never signed.
