@@ -40,7 +40,12 @@ fn run() -> ExitCode {
         command => match tool::run(command) {
             Some(Ok(report)) => tell(&report, output),
             Some(Err(fault)) => {
-                failed(&fault.to_string(), if fault.is_ours() { OUR_FAULT } else { BAD_INPUT })
+                let code = match (fault.is_ours(), fault.is_no()) {
+                    (true, _) => OUR_FAULT,
+                    (false, true) => NO,
+                    (false, false) => BAD_INPUT,
+                };
+                failed(&fault.to_string(), code)
             }
             None => failed("this command has no part in this program", OUR_FAULT),
         },
@@ -54,6 +59,9 @@ fn tell(report: &Report, output: Output) -> ExitCode {
     };
     for note in &report.notes {
         error_line(&format!("note: {note}"));
+    }
+    if let Some(denial) = &report.denial {
+        error_line(denial);
     }
     match written {
         Some(code) => code,

@@ -84,8 +84,17 @@ pub(crate) fn of_process(pid: u32) -> Duration {
 
 /// Resident bytes of a process.
 pub(crate) fn resident(pid: u32) -> u64 {
+    status(pid, "VmRSS:")
+}
+
+/// The most that was ever resident of a process.
+pub(crate) fn peak(pid: u32) -> u64 {
+    status(pid, "VmHWM:")
+}
+
+fn status(pid: u32, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 

@@ -12,6 +12,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -26,6 +27,7 @@ use crate::config::serve::{Args, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
 use crate::reconcile::{self, Event, Reconciler};
+use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
 use crate::sink::Sink as _;
@@ -133,6 +135,8 @@ async fn run_with(
     metrics.register(&mut registry);
     authority.register(&mut registry);
     let csr_metrics = serve::Metrics::register(&mut registry);
+    let queue = Queue::new(Handle::current().metrics().num_workers(), queue::MOST);
+    queue.register(&mut registry);
     registry.register_collector(Box::new(SourceFaults(source.faults())));
 
     let (stop, stopped) = watch::channel(false);
@@ -170,6 +174,7 @@ async fn run_with(
         vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
         accounts.clone(),
         (args.ttl, args.max_ttl),
+        queue,
         csr_metrics,
     ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
@@ -179,7 +184,7 @@ async fn run_with(
     let (door, place) = (authority.clone(), sink.clone());
     let reconciler = Reconciler::new(door, place, options, metrics, stopped.clone(), report::progress());
     // Writing folders blocks, so the loop has a thread of its own.
-    let handle = tokio::runtime::Handle::current();
+    let handle = Handle::current();
     tasks.spawn_blocking(move || {
         handle.block_on(reconciler.run(inbox, first));
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -74,7 +74,7 @@ pub enum Command {
     /// Make a CA below a root, which signs workload certificates
     #[command(subcommand)]
     Intermediate(IntermediateCommand),
-    /// Make a certificate signing request
+    /// Make a certificate signing request, or have one signed by a running authority
     #[command(subcommand)]
     Csr(CsrCommand),
     /// Sign a CSR into a workload certificate
@@ -207,6 +207,72 @@ pub enum CsrCommand {
         after_help = "Example:\n  mica csr new --identity spiffe://cluster.local/ns/default/sa/web --out web"
     )]
     New(CsrNew),
+    /// Ask a running authority for a certificate: for a new key, or for a CSR made elsewhere
+    ///
+    /// The identity is whoever the token or the certificate shows, not what a CSR says. What comes back is checked
+    /// before anything is written: that it is for this key, of that identity, and leads to the trust bundle beside it.
+    /// Writes key.pem (PKCS#8, mode 0600; not with --csr), root-cert.pem and cert-chain.pem. The folder is made if it is
+    /// missing; none of these files may be there. Exits 1 when the authority says no.
+    #[command(
+        after_help = "Examples:\n  mica csr request --data-dir .mica --token-file token --out web\n  mica csr request --address istiod.istio-system.svc:15012 --roots root-cert.pem --certificate web --out web-renewed"
+    )]
+    Request(Box<CsrRequest>),
+}
+
+/// Which running Mica to ask, and as whom.
+#[derive(Clone, Debug, Args)]
+#[command(
+    group(ArgGroup::new("authority").args(["roots", "data_dir"]).required(true)),
+    group(ArgGroup::new("credential").args(["token_file", "certificate"]).required(true))
+)]
+pub struct Connect {
+    /// Where the authority's gRPC services listen
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:15012")]
+    pub address: String,
+    /// The trust bundle that the authority's own certificate has to lead to, PEM or SPIFFE JSON
+    #[arg(long, value_name = "FILE")]
+    pub roots: Option<PathBuf>,
+    /// In place of --address and --roots: the data folder of a `mica serve` that runs on this machine
+    #[arg(long, value_name = "DIR", conflicts_with = "address")]
+    pub data_dir: Option<PathBuf>,
+    /// The DNS name or IP address that the authority's certificate has to be for [default: the address's host]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Show a token: a file that holds it, read for each request
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Show a certificate in TLS, as for a renewal: a folder with cert-chain.pem and key.pem
+    #[arg(long, value_name = "DIR")]
+    pub certificate: Option<PathBuf>,
+}
+
+/// `mica csr request`.
+#[derive(Debug, Args)]
+pub struct CsrRequest {
+    /// Whom to ask.
+    #[command(flatten)]
+    pub connect: Connect,
+    /// The folder to write to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The kind of the key
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = MadeKind::P256)]
+    pub key_kind: MadeKind,
+    /// A CSR made elsewhere, PEM, in place of a new key; `-` is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "key_kind")]
+    pub csr: Option<PathBuf>,
+    /// How long it should be valid (s, m, h, d or y) [default: what the authority gives]
+    #[arg(long, value_name = "DURATION", value_parser = lifetime)]
+    pub ttl: Option<Lifetime>,
+    /// Ask that the lifetime is not shortened, as it may be to spread renewals
+    #[arg(long)]
+    pub exact_lifetime: bool,
+    /// Take a certificate for this identity alone [default: with --certificate its own, with --impersonate that one]
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload, conflicts_with = "impersonate")]
+    pub identity: Option<SpiffeId>,
+    /// Ask for another workload's certificate, as a node's proxy does for the pods of its node
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
+    pub impersonate: Option<SpiffeId>,
 }
 
 /// `mica csr new`.

@@ -168,6 +168,11 @@ pub fn workload(key: &SigningKey, id: &SpiffeId, dns: &[DnsName]) -> Result<Vec<
     made(key, names, DistinguishedName::new(), IsCa::NoCa, vec![KeyUsagePurpose::DigitalSignature])
 }
 
+/// Makes a CSR that names nobody, as DER: for an authority that knows whose it is without being told.
+pub fn nameless(key: &SigningKey) -> Result<Vec<u8>, Error> {
+    made(key, Vec::new(), DistinguishedName::new(), IsCa::NoCa, Vec::new())
+}
+
 /// Makes the CSR of an intermediate for a root of somebody else's, as DER. It asks for path length 0.
 pub fn intermediate(
     key: &SigningKey,
@@ -252,6 +257,13 @@ mod tests {
             };
             assert_eq!(*csr.requested(), asked);
         }
+    }
+
+    #[test]
+    fn a_nameless_csr_asks_for_nothing() {
+        let key = keys::generate(KeyKind::P256).unwrap();
+        let csr = CheckedCsr::from_der(&nameless(&key.signing().unwrap()).unwrap()).unwrap();
+        assert_eq!((csr.key(), csr.requested()), (key.public(), &Requested::default()));
     }
 
     #[test]

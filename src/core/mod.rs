@@ -5,12 +5,14 @@
 
 pub mod authority_files;
 pub mod bundle;
+pub mod calendar;
 pub mod caller;
 pub mod certificate;
 pub mod chain;
 mod check;
 pub mod csr;
 mod der;
+pub mod fair;
 pub mod forwarded;
 pub mod inspect;
 pub mod issuer;
@@ -18,6 +20,7 @@ pub mod key;
 pub mod lifetime;
 pub mod pem;
 pub mod plan;
+pub mod policy;
 pub mod profile;
 pub mod refusal;
 pub mod rotation;

@@ -4,6 +4,7 @@ mod codes;
 mod health;
 mod istio;
 mod metrics;
+pub mod queue;
 mod requests;
 pub mod tls;
 
@@ -26,7 +27,7 @@ use tonic::transport::server::Connected;
 
 pub use codes::DOMAIN;
 pub use metrics::Metrics;
-pub use requests::Requests;
+pub use requests::{Ask, Requests, Wishes};
 
 use crate::auth::Peer;
 use crate::proto::DESCRIPTORS;

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use tracing::{Instrument as _, debug_span};
 
 use super::metrics::Metrics;
+use super::queue::Queue;
 use crate::auth::{Authenticator, Evidence, Life, Liveness};
 use crate::authority::{self, Authority, Cause, Grant};
 use crate::core::caller::{Caller, Object, Proof};
@@ -48,6 +49,7 @@ pub struct Requests {
     authenticators: Vec<Box<dyn Authenticator>>,
     liveness: Arc<dyn Liveness>,
     limits: (Lifetime, Lifetime),
+    queue: Queue,
     pub(super) metrics: Metrics,
 }
 
@@ -58,9 +60,10 @@ impl Requests {
         authenticators: Vec<Box<dyn Authenticator>>,
         liveness: Arc<dyn Liveness>,
         limits: (Lifetime, Lifetime),
+        queue: Queue,
         metrics: Metrics,
     ) -> Self {
-        Self { authority, authenticators, liveness, limits, metrics }
+        Self { authority, authenticators, liveness, limits, queue, metrics }
     }
 
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
@@ -70,7 +73,9 @@ impl Requests {
         let trace = trace_id(evidence);
         let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
         let mut caller = None;
-        let granted = self.try_grant(ask, evidence, &mut caller).instrument(span).await;
+        let work = self.try_grant(ask, evidence, &mut caller).instrument(span);
+        let granted =
+            self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
         let authenticator = caller.as_ref().map(|caller: &Caller| caller.proof.name());
         self.metrics.answered(ask.method, authenticator, granted.as_ref().err(), begun.elapsed());
         if let Err(refusal) = &granted {

@@ -174,6 +174,14 @@ pub fn add_to(folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> 
     })
 }
 
+/// Whether [`add_to`] would find a place for files of these names, to be known before there is something to write.
+pub fn has_room(folder: &Path, names: &[&str]) -> Result<(), Error> {
+    match names.iter().map(|name| folder.join(name)).find(|path| std::fs::symlink_metadata(path).is_ok()) {
+        Some(path) => Err(Error::Taken { path, advice: "take it away first" }),
+        None => Ok(()),
+    }
+}
+
 fn write_all(dir: &Dir, folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(), Error> {
     for (name, _, _) in files {
         if dir.find(name)?.is_some() {

@@ -1,11 +1,13 @@
-//! The offline tools: they make, read and judge, and need no running authority. Each command is one function from what
-//! was typed to a [`Report`].
+//! The tools: most make, read and judge offline; some ask a running authority. Each command is one function from what was
+//! typed to a [`Report`].
 
 mod bundle;
+mod connect;
 mod csr;
 mod inspect;
 mod intermediate;
 mod reference;
+mod request;
 mod root;
 mod sign;
 mod verify;
@@ -15,6 +17,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
+use crate::client;
 use crate::config::cli::{BundleCommand, Command, CsrCommand, IntermediateCommand, RootCommand};
 use crate::core::bundle::{self as core_bundle, TrustBundle};
 use crate::core::certificate::Certificate;
@@ -39,11 +42,25 @@ pub struct Report {
     pub notes: Vec<String>,
     /// False if the answer is no.
     pub good: bool,
+    /// Why an authority said no; one line, for standard error.
+    pub denial: Option<String>,
 }
 
 impl Report {
     fn new(text: String, json: Value) -> Self {
-        Self { text, json, notes: Vec::new(), good: true }
+        Self { text, json, notes: Vec::new(), good: true, denial: None }
+    }
+
+    /// What an authority said in place of an answer.
+    fn denied(fault: &client::Error, denial: &client::Denial) -> Self {
+        let json = json!({
+            "granted": false,
+            "code": denial.code_name(),
+            "reason": denial.reason,
+            "sentence": denial.sentence,
+        });
+        let denial = Some(fault.to_string());
+        Self { good: false, denial, ..Self::new(String::new(), json) }
     }
 }
 
@@ -113,6 +130,20 @@ pub enum Error {
         /// What is wrong with it.
         fault: core_bundle::Error,
     },
+    /// A running authority.
+    #[error(transparent)]
+    Client(#[from] client::Error),
+    /// What a running authority answered is not right.
+    #[error("what {address} answered is not right, and nothing was written: {fault}")]
+    Answer {
+        /// Who answered.
+        address: String,
+        /// What is wrong with it.
+        fault: String,
+    },
+    /// The system did not let us wait for an answer.
+    #[error("cannot wait for answers from the network: {0}")]
+    Runtime(std::io::Error),
     /// Something that cannot be looked at.
     #[error(transparent)]
     Inspect(#[from] crate::core::inspect::Error),
@@ -125,6 +156,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the answer is no: something was asked for, came back, and was found wanting.
+    pub fn is_no(&self) -> bool {
+        matches!(self, Self::Answer { .. })
+    }
+
     /// Whether the fault is Mica's own, and no input's.
     pub fn is_ours(&self) -> bool {
         match self {
@@ -138,13 +174,14 @@ impl Error {
     }
 }
 
-/// Runs an offline command; `None` for one that is none.
+/// Runs a command; `None` for one that is no tool.
 pub fn run(command: Command) -> Option<Result<Report, Error>> {
-    Some(match command {
+    let done = match command {
         Command::Serve(_) => return None,
         Command::Root(RootCommand::New(arguments)) => root::new(&arguments),
         Command::Intermediate(IntermediateCommand::New(arguments)) => intermediate::new(&arguments),
         Command::Csr(CsrCommand::New(arguments)) => csr::new(&arguments),
+        Command::Csr(CsrCommand::Request(arguments)) => request::request(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Verify(arguments) => verify::verify(&arguments),
@@ -153,6 +190,13 @@ pub fn run(command: Command) -> Option<Result<Report, Error>> {
         Command::Bundle(BundleCommand::List(arguments)) => bundle::list(&arguments),
         Command::Completions(arguments) => Ok(reference::completions(&arguments)),
         Command::Man(arguments) => reference::man(&arguments),
+    };
+    Some(match done {
+        Err(Error::Client(fault)) => match fault.denial() {
+            Some(denial) => Ok(Report::denied(&fault, denial)),
+            None => Err(fault.into()),
+        },
+        done => done,
     })
 }
 

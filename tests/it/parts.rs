@@ -24,6 +24,16 @@ pub(crate) fn go_spiffe() -> PathBuf {
     find("go-spiffe")
 }
 
+/// The program in `tests/parts/istio-client`, made of istio.io/api and grpc-go; its head says what it takes.
+pub(crate) fn istio_client() -> PathBuf {
+    find("istio-client")
+}
+
+/// The command line for gRPC.
+pub(crate) fn grpcurl() -> PathBuf {
+    find("grpcurl")
+}
+
 fn find(name: &str) -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parts/part");
     let output = Command::new(&script)
@@ -45,6 +55,7 @@ fn every_part_is_there_and_runs() {
         (openssl(), "version"),
         (Command::new(go_spiffe()), "id"),
         (Command::new(faketime()), "--version"),
+        (Command::new(grpcurl()), "-version"),
     ] {
         let output = program
             .arg(argument)
