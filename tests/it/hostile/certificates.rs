@@ -1,10 +1,9 @@
 //! Client certificates. Those that lead to Mica's root were signed with its own key, which nobody has: each shows what
 //! Mica would do if its CA had been talked into one, and none asks for more than its own name.
 
-use std::sync::Arc;
-
 use rcgen::{BasicConstraints, CustomExtension, DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use time::{Duration, OffsetDateTime};
 
 use super::forge::{Ca, self_signed, uri};
@@ -12,7 +11,6 @@ use super::{Answer, Ask, Cut, DB, Expected, Identity, Own, Row, Stage, WEB, unau
 
 const MALFORMED: Expected = unauthenticated("CERTIFICATE_MALFORMED");
 const FOREIGN: Expected = unauthenticated("CERTIFICATE_FOREIGN");
-const UNSUPPORTED: Expected = unauthenticated("CREDENTIAL_UNSUPPORTED");
 
 #[rustfmt::skip]
 pub(super) const ROWS: &[Row] = &[
@@ -60,7 +58,7 @@ pub(super) const ROWS: &[Row] = &[
     ("a certificate with a critical extension that nobody knows", |s| s.by(s.ca.leaf(|p| p.custom_extensions.push(unknown(10, true)))), FOREIGN),
     ("a certificate with an extension of 60 kB", |s| s.by(s.ca.leaf(|p| p.custom_extensions.push(unknown(60_000, false)))), Own(WEB)),
     ("a certificate with an extension twice", |s| s.by(s.ca.leaf(|p| p.custom_extensions = vec![unknown(10, false), unknown(10, false)])), MALFORMED),
-    ("a certificate whose last proof cannot be read", |s| s.by(s.ca.leaf(|p| p.custom_extensions.push(CustomExtension::from_oid_content(&[1, 2, 3], vec![0x30])))), Own(WEB)),
+    ("a certificate whose last proof cannot be read", |s| s.by(s.ca.proved_at(b"\x18\x0fnever, honestly")), MALFORMED),
 
     // Who signed it.
     ("a certificate signed with its own key", |s| s.by(self_signed()), FOREIGN),
@@ -83,15 +81,37 @@ pub(super) const ROWS: &[Row] = &[
     ("a certificate that cannot be read", |s| s.by(Identity { chain: vec![CertificateDer::from(vec![0x30, 0])], ..s.web.clone() }), Cut),
     ("a certificate without its key", |s| s.by(Identity { key: self_signed().key, ..s.web.clone() }), Cut),
     ("the certificate of db with the key of web", |s| s.by(Identity { chain: s.db.chain.clone(), ..s.web.clone() }), Cut),
-    ("the certificate that Mica serves with", served, Cut),
-
-    // Others' word, and credentials that are not set up here.
-    ("the word of nobody for a client", |s| forwarded(s, None, &format!("URI={DB}")), UNSUPPORTED_OR_UNKNOWN),
-    ("the word of web, which is no proxy, for db", |s| forwarded(s, Some(&s.web), &format!("URI={DB}")), UNSUPPORTED_OR_UNKNOWN),
-    ("the word of web for itself", |s| forwarded(s, Some(&s.web), &format!("URI={WEB}")), UNSUPPORTED_OR_UNKNOWN),
-    ("the word of web, several elements of it", |s| forwarded(s, Some(&s.web), &format!("URI={DB},URI={WEB}")), UNSUPPORTED_OR_UNKNOWN),
-    ("the word of web, empty", |s| forwarded(s, Some(&s.web), ""), UNSUPPORTED_OR_UNKNOWN),
-    ("a token beside a good certificate, where no tokens are taken", |s| s.headed(&[("authorization", "Bearer x.y.z")]), UNSUPPORTED),
-    ("a password beside a good certificate", |s| s.headed(&[("authorization", "Basic d2ViOndlYg==")]), UNSUPPORTED),
-    ("the name of a client in headers that proxies use", |s| s.headed(&[("x-forwarded-for", "127.0.0.1"), ("x-real-ip", "127.0.0.1"), ("x-client-cert", "db"), ("ssl-client-subject-dn", "CN=db")]), Own(WEB)),
 ];
+
+/// With a certificate of Mica's for this URI.
+fn named(stage: &Stage, id: &str) -> Answer {
+    stage.by(stage.ca.leaf(|params| params.subject_alt_names = vec![uri(id)]))
+}
+
+fn with(mut identity: Identity, more: Vec<CertificateDer<'static>>) -> Identity {
+    identity.chain.extend(more);
+    identity
+}
+
+fn first(mut identity: Identity, count: usize) -> Identity {
+    identity.chain.truncate(count);
+    identity
+}
+
+fn roots(stage: &Stage) -> Vec<CertificateDer<'static>> {
+    CertificateDer::pem_slice_iter(stage.place.root_pem().as_bytes()).map(Result::unwrap).collect()
+}
+
+fn unknown(length: usize, critical: bool) -> CustomExtension {
+    let mut extension = CustomExtension::from_oid_content(&[1, 2, 3, 4, 5], vec![0; length]);
+    extension.set_criticality(critical);
+    extension
+}
+
+fn tampered(mut identity: Identity) -> Identity {
+    let mut der = identity.chain[0].to_vec();
+    let at = der.windows(7).position(|window| window == b"/sa/web").unwrap();
+    der[at + 4..at + 7].copy_from_slice(b"wea");
+    identity.chain[0] = der.into();
+    identity
+}

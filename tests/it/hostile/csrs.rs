@@ -3,7 +3,7 @@
 use mica::core::pem;
 
 use super::forge::{
-    BASIC_CONSTRAINTS, CHALLENGE_PASSWORD, Csr, DNS, EMAIL, EXTENDED_KEY_USAGE, IP, KEY_USAGE, SAN, UNKNOWN, URI,
+    BASIC_CONSTRAINTS, CHALLENGE_PASSWORD, Csr, DNS, EMAIL, EXTENDED_KEY_USAGE, IP, KEY_USAGE, PROVED_AT, SAN, UNKNOWN, URI,
     asking, attribute, common_name, csr, extension, names, openssl_csr, requests, sequence, tlv,
 };
 use super::{DB, Own, Row, Stage, WEB, invalid, unauthenticated};
@@ -25,23 +25,23 @@ pub(super) const ROWS: &[Row] = &[
     ("a CSR without the signature's element", |s| s.csr(changed(|der| unsigned(der, &[]))), MALFORMED),
     ("a CSR signed with another key", |s| s.csr(csr(|c| c.spki = Csr::new().spki)), SIGNATURE),
     ("a CSR changed after it was signed", |s| s.csr(changed(|der| replace(der, b"/sa/web", b"/sa/wea"))), SIGNATURE),
-    ("a CSR signed with SHA-1", |s| s.csr(openssl_csr(&["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-sha1"])), MALFORMED),
+    ("a CSR signed with SHA-1", |s| s.csr(openssl_csr("-sha1", RSA)), MALFORMED),
     ("a CSR that says RSA of an ECDSA signature", |s| s.csr(csr(|c| c.algorithm = RSA_SHA256.to_owned())), MALFORMED),
     ("a CSR whose signature algorithm is not known", |s| s.csr(csr(|c| c.algorithm = sequence(&[tlv(6, UNKNOWN)]))), MALFORMED),
 
     // Keys.
-    ("an RSA key of 2048 bits, which is good", |s| s.csr(openssl_csr(&["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"])), Own(WEB)),
-    ("an RSA key of 1024 bits", |s| s.csr(openssl_csr(&["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"])), KEY),
-    ("an RSA key with the exponent 3", |s| s.csr(openssl_csr(&["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-pkeyopt", "rsa_keygen_pubexp:3"])), KEY),
+    ("an RSA key of 2048 bits, which is good", |s| s.csr(openssl_csr("-sha256", RSA)), Own(WEB)),
+    ("an RSA key of 1024 bits", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"])), KEY),
+    ("an RSA key with the exponent 3", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-pkeyopt", "rsa_keygen_pubexp:3"])), KEY),
     ("an RSA key of 32,768 bits", |s| s.csr(csr(|c| c.spki = rsa(&[0xff; 4_096], &[1, 0, 1]))), KEY),
     ("an RSA key with an exponent of 1,000 bytes", |s| s.csr(csr(|c| c.spki = rsa(&[0xff; 256], &[0x7f; 1_000]))), KEY),
     ("an RSA key whose modulus is negative", |s| s.csr(csr(|c| c.spki = rsa_raw(&[0xff; 256], &[1, 0, 1]))), KEY),
-    ("a key on P-224", |s| s.csr(openssl_csr(&["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-224"])), KEY),
-    ("a key on P-521", |s| s.csr(openssl_csr(&["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-521"])), KEY),
-    ("a key on secp256k1", |s| s.csr(openssl_csr(&["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:secp256k1"])), KEY),
-    ("a key on a curve of its own parameters", |s| s.csr(openssl_csr(&["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt", "ec_param_enc:explicit"])), KEY),
-    ("a key of Ed448", |s| s.csr(openssl_csr(&["-algorithm", "ED448"])), KEY),
-    ("a key of DSA", |s| s.csr(openssl_csr(&["DSA"])), KEY),
+    ("a key on P-224", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-224"])), KEY),
+    ("a key on P-521", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-521"])), KEY),
+    ("a key on secp256k1", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:secp256k1"])), KEY),
+    ("a key on a curve of its own parameters", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt", "ec_param_enc:explicit"])), KEY),
+    ("a key of Ed448", |s| s.csr(openssl_csr("-sha256", &["-algorithm", "ED448"])), KEY),
+    ("a key of DSA", |s| s.csr(openssl_csr("-sha256", &["DSA"])), KEY),
     ("a point that is on no curve", |s| s.csr(csr(|c| c.spki.iter_mut().skip(27).for_each(|b| *b = 1))), SIGNATURE),
     ("the point at infinity", |s| s.csr(csr(|c| point(c, &[0]))), KEY),
     ("a compressed point", |s| s.csr(csr(|c| point(c, &[2; 33]))), KEY),
@@ -93,10 +93,10 @@ pub(super) const ROWS: &[Row] = &[
     ("a negative version", |s| s.csr(csr(|c| c.version = vec![2, 1, 0xff])), MALFORMED),
     ("a version of 100 bytes", |s| s.csr(csr(|c| c.version = tlv(2, &[1; 100]))), MALFORMED),
     ("bytes behind the CSR", |s| s.csr(changed(|der| [der, b"more".to_vec()].concat())), MALFORMED),
-    ("an element behind the signature", |s| s.csr(changed(|der| { let inner = der[4..].to_vec(); sequence(&[inner, vec![5, 0]]) })), MALFORMED),
+    ("an element behind the signature", |s| s.csr(changed(|der| { let at = header(&der); sequence(&[der[at..].to_vec(), vec![5, 0]]) })), MALFORMED),
     ("an element behind the attributes", |s| s.csr(csr(|c| { let behind = tlv(0xa1, &[5, 0]); c.attributes = vec![c.attributes.concat()]; c.spki.extend(behind) })), MALFORMED),
-    ("a length of 2^32 - 1", |s| s.csr(changed(|der| [&[0x30, 0x84, 0xff, 0xff, 0xff, 0xff], &der[4..]].concat())), MALFORMED),
-    ("an indefinite length", |s| s.csr(changed(|der| [&[0x30, 0x80], &der[4..], &[0, 0]].concat())), MALFORMED),
+    ("a length of 2^32 - 1", |s| s.csr(changed(|der| [&[0x30, 0x84, 0xff, 0xff, 0xff, 0xff], &der[header(&der)..]].concat())), MALFORMED),
+    ("an indefinite length", |s| s.csr(changed(|der| [&[0x30, 0x80], &der[header(&der)..], &[0, 0]].concat())), MALFORMED),
     ("a length of more bytes than it needs", |s| s.csr(changed(|der| [&[0x30, 0x83, 0], &der[2..]].concat())), MALFORMED),
     ("lists in lists, 2,000 deep", |s| s.csr(pem::encode(pem::CSR, &(0..2_000).fold(Vec::new(), |inner, _| tlv(0x30, &inner)))), MALFORMED),
     ("names in names, 2,000 deep", |s| s.csr(asking(&[extension(SAN, false, &(0..2_000).fold(vec![5, 0], |inner, _| tlv(0xa4, &inner)))])), MALFORMED),
@@ -146,15 +146,11 @@ const fn denied(reason: &'static str) -> Expected {
     Expected::Refused(Code::PermissionDenied, reason)
 }
 
+const RSA: &[&str] = &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"];
 const RSA_SHA256: &[u8] =
     &[0x30, 0x0d, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0b, 0x05, 0x00];
 const RSA_ENCRYPTION: &[u8] =
     &[0x30, 0x0d, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00];
-/// Mica's own extension: 2.25 and a UUID.
-const PROVED_AT: &[u8] = &[
-    0x69, 0x82, 0x8f, 0x83, 0xc3, 0x98, 0xb0, 0xed, 0xa2, 0x9b, 0xfb, 0xbe, 0xe6, 0xee, 0xbb, 0xf8, 0xc2, 0x8d,
-    0xd8, 0x18,
-];
 
 /// Basic constraints that say CA:TRUE.
 fn ca() -> Vec<u8> {
@@ -174,12 +170,25 @@ fn replace(mut der: Vec<u8>, old: &[u8], new: &[u8]) -> Vec<u8> {
 
 /// With this for the contents of the signature, or without one.
 fn unsigned(der: Vec<u8>, signature: &[u8]) -> Vec<u8> {
-    // The length of the whole and of its signed part take two bytes each.
-    let info = 4 + usize::from(der[6]) * 256 + usize::from(der[7]);
-    let algorithm = 2 + usize::from(der[4 + info + 1]);
-    let head = der[4..4 + info + algorithm].to_vec();
+    let (outer, info) = (header(&der), element(&der[header(&der)..]));
+    let algorithm = element(&der[outer + info..]);
     let signature = if signature.is_empty() { Vec::new() } else { tlv(3, signature) };
-    sequence(&[head, signature])
+    sequence(&[der[outer..outer + info + algorithm].to_owned(), signature])
+}
+
+/// How many bytes stand before the contents of a DER value.
+fn header(der: &[u8]) -> usize {
+    if der[1] < 0x80 { 2 } else { 2 + usize::from(der[1] & 0x7f) }
+}
+
+/// How many bytes a DER value has.
+fn element(der: &[u8]) -> usize {
+    let header = header(der);
+    let length = match header {
+        2 => usize::from(der[1]),
+        _ => der[2..header].iter().fold(0, |length, byte| length << 8 | usize::from(*byte)),
+    };
+    header + length
 }
 
 /// An RSA key of a modulus and an exponent, both positive.

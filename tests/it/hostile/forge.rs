@@ -7,8 +7,8 @@ use std::sync::Arc;
 use mica::core::certificate::Certificate;
 use mica::core::pem;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType, SigningKey as _,
 };
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -33,6 +33,12 @@ pub(super) const KEY_USAGE: &[u8] = &[0x55, 0x1d, 0x0f];
 pub(super) const EXTENDED_KEY_USAGE: &[u8] = &[0x55, 0x1d, 0x25];
 /// Nobody's.
 pub(super) const UNKNOWN: &[u8] = &[0x2a, 0x03, 0x04, 0x05];
+
+/// Mica's own extension: 2.25 and a UUID.
+pub(super) const PROVED_AT: &[u8] = &[
+    0x69, 0x82, 0x8f, 0x83, 0xc3, 0x98, 0xb0, 0xed, 0xa2, 0x9b, 0xfb, 0xbe, 0xe6, 0xee, 0xbb, 0xf8, 0xc2, 0x8d,
+    0xd8, 0x18,
+];
 
 /// General names, by their tags.
 pub(super) const EMAIL: u8 = 0x81;
@@ -140,7 +146,7 @@ fn key() -> EcdsaKeyPair {
 }
 
 /// A CSR of OpenSSL's for web, with a key that `openssl genpkey` makes of these arguments.
-pub(super) fn openssl_csr(key: &[&str]) -> String {
+pub(super) fn openssl_csr(digest: &str, key: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let openssl = |arguments: &[&str], more: &[&str]| {
         let mut command: Command = parts::openssl();
@@ -154,7 +160,7 @@ pub(super) fn openssl_csr(key: &[&str]) -> String {
     }
     fs::write(folder.path().join("cnf"), "[req]\ndistinguished_name=name\nprompt=no\n[name]\n").unwrap();
     openssl(
-        &["req", "-new", "-sha256", "-config", "cnf", "-subj", "/", "-key", "key", "-addext"],
+        &["req", "-new", digest, "-config", "cnf", "-subj", "/", "-key", "key", "-addext"],
         &[&format!("subjectAltName=critical,URI:{WEB}")],
     )
 }
@@ -175,7 +181,7 @@ impl Ca {
         let root = Certificate::all_from_pem(place.root_pem().as_bytes()).unwrap().remove(0);
         let key = fs::read(place.data().join("authority/ca-key.pem")).unwrap();
         let key = pem::blocks(&key).unwrap().remove(0).der;
-        let key = KeyPair::try_from(PrivatePkcs8KeyDer::from(key.to_vec())).unwrap();
+        let key = KeyPair::try_from(&key[..]).unwrap();
         Self { issuer: Issuer::new(of_subject(&root), key), above: Vec::new() }
     }
 
@@ -209,6 +215,23 @@ impl Ca {
         let made = params.signed_by(&key, &self.issuer).unwrap();
         let chain = std::iter::once(made.der().clone()).chain(self.above.clone()).collect();
         Identity { chain, key: private(&key) }
+    }
+
+    /// Web's certificate with this for Mica's own extension, which says when its holder last proved itself.
+    pub(super) fn proved_at(&self, value: &[u8]) -> Identity {
+        // rcgen writes no numbers of 128 bits, so it writes others and they are exchanged before it is signed again.
+        let mut stand_in = vec![1, 2];
+        stand_in.extend([5; 19]);
+        let extension = CustomExtension::from_oid_content(&stand_in, value.to_owned());
+        let mut identity = self.leaf(|params| params.custom_extensions.push(extension));
+        let (_, parsed) = x509_parser::parse_x509_certificate(&identity.chain[0]).unwrap();
+        let mut signed = parsed.tbs_certificate.as_ref().to_owned();
+        let at = signed.windows(19).position(|window| window == [5; 19]).unwrap();
+        signed[at - 1..at + 19].copy_from_slice(PROVED_AT);
+        let signature = self.issuer.key().sign(&signed).unwrap();
+        let signature = tlv(3, &[&[0], &signature[..]].concat());
+        identity.chain[0] = sequence(&[signed, ECDSA_SHA256.to_owned(), signature]).into();
+        identity
     }
 
     /// This CA's own certificate and key.
