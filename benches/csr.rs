@@ -7,7 +7,6 @@
 mod floor;
 
 use std::fs;
-use std::future::Future;
 use std::hint::black_box;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -126,7 +125,7 @@ fn in_process() {
     let registry = &mut Registry::default();
     let accounts = Arc::new(Accounts::default());
     let account = ServiceAccount::new(NAMESPACE, ACCOUNT).unwrap();
-    accounts.take(&[account.clone()], &[], true);
+    accounts.take(std::slice::from_ref(&account), &[], true);
     let day = "24h".parse().unwrap();
     let requests = Requests::new(
         authority.clone(),
@@ -359,13 +358,11 @@ impl Client {
         Self { address, tls: TlsConnector::from(Arc::new(config)), requests: asked(id) }
     }
 
-    fn connect(self) -> impl Future<Output = Result<TlsStream<TcpStream>, String>> + Send + 'static {
-        async move {
-            let tcp = TcpStream::connect(self.address).await.map_err(|e| e.to_string())?;
-            tcp.set_nodelay(true).map_err(|e| e.to_string())?;
-            let name = ServerName::try_from("localhost").unwrap();
-            self.tls.connect(name, tcp).await.map_err(|e| e.to_string())
-        }
+    async fn connect(self) -> Result<TlsStream<TcpStream>, String> {
+        let tcp = TcpStream::connect(self.address).await.map_err(|e| e.to_string())?;
+        tcp.set_nodelay(true).map_err(|e| e.to_string())?;
+        let name = ServerName::try_from("localhost").unwrap();
+        self.tls.connect(name, tcp).await.map_err(|e| e.to_string())
     }
 }
 

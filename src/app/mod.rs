@@ -3,3 +3,5 @@
 mod addresses;
 mod report;
 pub mod serve;
+mod subjects;
+mod tokens;

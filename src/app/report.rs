@@ -9,6 +9,7 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::addresses::Addresses;
+use super::subjects::First;
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::Args;
@@ -42,27 +43,33 @@ pub(super) fn progress() -> Progress {
 }
 
 /// What there is, for whom, until when, where, and what to open next.
-pub(super) fn print(
-    args: &Args,
-    output: Output,
-    secrets: &Path,
-    authority: &Authority,
-    addresses: &Addresses,
-    report: &Report,
-) {
+pub(super) fn print(args: &Args, output: Output, authority: &Authority, addresses: &Addresses, first: First) {
+    let (source, secrets, report) = match first {
+        First::Delivered(secrets, report) => {
+            (args.source.as_deref().map(plain).unwrap_or_default(), Some(secrets), report)
+        }
+        First::Known(place) => (place, None, Report::default()),
+    };
+    let secrets = secrets.as_deref();
     let domain = authority.trust_domain();
     let issuer = authority.issuer();
     let root_until = issuer.bundle().roots().iter().map(|root| root.validity.not_after).max();
     let shown = Shown {
         trust_domain: domain.to_string(),
-        source: plain(&args.source),
+        source,
         identities: report
             .shown
             .iter()
             .map(|(account, until)| Identity {
                 id: account.spiffe_id(domain).to_string(),
                 not_after: *until,
-                folder: plain(&secrets.join(account.namespace()).join(format!("istio.{}", account.name()))),
+                folder: secrets
+                    .map(|secrets| {
+                        secrets.join(account.namespace()).join(format!("istio.{}", account.name()))
+                    })
+                    .as_deref()
+                    .map(plain)
+                    .unwrap_or_default(),
             })
             .collect(),
         good: report.good,
@@ -70,7 +77,7 @@ pub(super) fn print(
         foreign: report.foreign,
         waiting: report.waiting,
         removed: report.removed,
-        secrets: plain(secrets),
+        secrets: secrets.map(plain),
         roots: plain(&args.data_dir.join(ROOTS)),
         roots_not_after: root_until,
         http: addresses.http.to_string(),
@@ -94,7 +101,7 @@ struct Shown {
     foreign: usize,
     waiting: usize,
     removed: usize,
-    secrets: String,
+    secrets: Option<String>,
     roots: String,
     #[serde(with = "time::serde::rfc3339::option")]
     roots_not_after: Option<OffsetDateTime>,
@@ -116,6 +123,10 @@ impl Shown {
         let version = env!("CARGO_PKG_VERSION");
         let mut lines = vec![format!("mica {version} serves the trust domain {trust_domain}"), String::new()];
         lines.push(match good {
+            0 if secrets.is_none() => format!(
+                "Service accounts of {source} get certificates when they ask, for {} by default.",
+                args.ttl
+            ),
             0 if self.foreign + self.waiting == 0 => format!("No service account was found below {source}."),
             0 => format!("No good identities yet for the accounts below {source}:"),
             _ => format!(
@@ -130,6 +141,7 @@ impl Shown {
             lines.push(format!("  {id:width$}  until {}  {folder}", moment(*not_after)));
         }
         if *good > identities.len() {
+            let secrets = secrets.as_deref().unwrap_or_default();
             lines.push(format!("  and {} more below {secrets}", good - identities.len()));
         }
         for (count, what) in [

@@ -1,41 +1,38 @@
-//! `mica serve DIR`.
+//! `mica serve DIR` and `mica serve --kube`.
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
-use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::addresses::Addresses;
-use super::report;
+use super::subjects::{Followed, Subjects};
+use super::{report, tokens};
 use crate::admin;
-use crate::auth::{Accounts, CertificateAuthenticator};
+use crate::auth::token::Tokens;
+use crate::auth::{CertificateAuthenticator, trial};
 use crate::authority::Authority;
+use crate::cluster::Cluster;
 use crate::config::cli::Output;
-use crate::config::serve::{Args, ServingName};
+use crate::config::serve::{Args, Origin, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::lifetime::Lifetime;
-use crate::reconcile::{self, Event, Reconciler};
+use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
-use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
-use crate::source::Source as _;
 use crate::source::folder::FolderSource;
 use crate::store::{AuthorityStore, BroughtStore, OwnStore};
-use crate::sys::dir::{Access, Dir};
+use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
 
@@ -62,8 +59,6 @@ const SECRETS: &str = "secrets";
 const GRACE: Duration = Duration::from_secs(10);
 /// And calls of clients this long.
 const HANG_UP: Duration = Duration::from_secs(2);
-/// Events that wait while the loop works.
-const EVENTS: usize = 64;
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(args: Args, output: Output) -> Result<(), Error> {
@@ -72,6 +67,7 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
         return Err(usage(format_args!("--ttl {ttl} is not between {SHORTEST} and --max-ttl {longest}")));
     }
     FolderSink::check_mode(args.secrets_mode).map_err(usage)?;
+    args.origin().map_err(usage)?;
     telemetry::start(args.log_format, args.log_level);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -89,25 +85,31 @@ async fn start(args: Args, output: Output) -> Result<(), Error> {
         terminate: signal(SignalKind::terminate()).map_err(fault)?,
         interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
     };
-    let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
-    let excluded = [args.data_dir.clone(), secrets.clone()];
-    let source = FolderSource::open(&args.source, &excluded).map_err(usage)?;
+    let (subjects, what) = match args.origin().map_err(usage)? {
+        Origin::Folder(folder) => {
+            let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
+            let excluded = [args.data_dir.clone(), secrets.clone()];
+            let source = FolderSource::open(folder, &excluded).map_err(usage)?;
+            (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
+        }
+        Origin::Cluster => (Subjects::Cluster(Cluster::find().await.map_err(usage)?), "--kube".to_owned()),
+    };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
-    let (folder, since) = (args.source.display(), report::moment(clock::now()));
-    let holder = format!("mica serve {folder}, process {}, since {since}", std::process::id());
+    let since = report::moment(clock::now());
+    let holder = format!("mica serve {what}, process {}, since {since}", std::process::id());
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
     Addresses::withdraw(&data).map_err(fault)?;
     match &args.authority {
         None => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
-            run_with(args, output, data, secrets, source, store, signals).await
+            run_with(args, output, data, subjects, store, signals).await
         }
         Some(folder) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
             let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
-            run_with(args, output, data, secrets, source, store, signals).await
+            run_with(args, output, data, subjects, store, signals).await
         }
     }
 }
@@ -116,8 +118,7 @@ async fn run_with(
     args: Args,
     output: Output,
     data: Dir,
-    secrets: PathBuf,
-    mut source: FolderSource,
+    subjects: Subjects,
     mut store: impl AuthorityStore + 'static,
     mut signals: Signals,
 ) -> Result<(), Error> {
@@ -127,28 +128,17 @@ async fn run_with(
     let issuer =
         store.load(&args.trust_domain).map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
     let authority = Arc::new(Authority::new(args.trust_domain.clone(), issuer));
-    let access = Access { mode: args.secrets_mode, owner: args.secrets_owner, group: args.secrets_group };
-    let sink = Arc::new(FolderSink::open(&data, &secrets, access).map_err(usage)?);
-
     let mut registry = Registry::default();
-    let metrics = reconcile::Metrics::default();
-    metrics.register(&mut registry);
     authority.register(&mut registry);
     let csr_metrics = serve::Metrics::register(&mut registry);
     let queue = Queue::new(Handle::current().metrics().num_workers(), queue::MOST);
     queue.register(&mut registry);
-    registry.register_collector(Box::new(SourceFaults(source.faults())));
 
     let (stop, stopped) = watch::channel(false);
-    let stopping = || {
-        let mut stopped = stopped.clone();
-        async move {
-            // An error means that the sender is gone, which is an end too.
-            let _ = stopped.wait_for(|stop| *stop).await;
-        }
-    };
-    let (events, inbox) = mpsc::channel(EVENTS);
-    let (first, first_pass) = oneshot::channel();
+    let mut tasks = JoinSet::new();
+    let Followed { liveness, first, reported, events } =
+        subjects.follow(&args, &data, &authority, &mut registry, &stopped, &mut tasks)?;
+    let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
         let (authority, started, data) =
@@ -168,45 +158,21 @@ async fn run_with(
             }
         })
     };
-    let accounts = Arc::new(Accounts::default());
+    let tokens = Tokens::new(None);
+    tokens.take(tokens::issuers(&args, &data).await?);
+    tokens.register(&mut registry);
     let requests = Arc::new(Requests::new(
         authority.clone(),
-        vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
-        accounts.clone(),
+        vec![Box::new(tokens.clone()), Box::new(CertificateAuthenticator::new(authority.clone()))],
+        liveness,
         (args.ttl, args.max_ttl),
         queue,
         csr_metrics,
     ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
 
-    let mut tasks = JoinSet::new();
-    let options = reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() };
-    let (door, place) = (authority.clone(), sink.clone());
-    let reconciler = Reconciler::new(door, place, options, metrics, stopped.clone(), report::progress());
-    // Writing folders blocks, so the loop has a thread of its own.
-    let handle = Handle::current();
-    tasks.spawn_blocking(move || {
-        handle.block_on(reconciler.run(inbox, first));
-        Ok(())
-    });
-    let source_events = events.clone();
-    tasks.spawn(until(stopping(), async move {
-        loop {
-            let change = source.next().await;
-            accounts.take(&change.added, &change.removed, change.settled);
-            if source_events.send(Event::Source(change)).await.is_err() {
-                return;
-            }
-        }
-    }));
-    let sink_events = events.clone();
-    // What the first pass writes needs no second look, and whoever waits for it should not wait for watches too.
-    let (passed, first_pass_done) = oneshot::channel();
-    tasks.spawn(until(stopping(), async move {
-        let _ = first_pass_done.await;
-        while sink_events.send(Event::Disturbed(sink.disturbed().await)).await.is_ok() {}
-    }));
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
     let addresses =
@@ -236,12 +202,12 @@ async fn run_with(
     });
 
     let announced = async {
-        let Ok(report) = first_pass.await else { return std::future::pending().await };
+        let Ok(first) = first.await else { return std::future::pending().await };
         started.store(true, Ordering::Relaxed);
         addresses.publish(&data).map_err(fault)?;
-        report::print(&args, output, &secrets, &authority, &addresses, &report);
+        report::print(&args, output, &authority, &addresses, first);
         // The task that waits for it has ended only if everything has.
-        let _ = passed.send(());
+        let _ = reported.send(());
         std::future::pending().await
     };
     let ended = tokio::select! {
@@ -251,6 +217,7 @@ async fn run_with(
     };
     stop.send_replace(true);
     Addresses::withdraw(&data).map_err(fault)?;
+    trial::withdraw(&data).map_err(fault)?;
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = tokio::time::sleep(GRACE) => tracing::warn!("stopping without waiting any longer"),
@@ -318,15 +285,12 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
     }
 }
 
-/// How many documents, files and folders of the source cannot be read at the moment.
-#[derive(Debug)]
-struct SourceFaults(Arc<AtomicUsize>);
-
-impl Collector for SourceFaults {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let gauge = ConstGauge::new(self.0.load(Ordering::Relaxed) as u64);
-        let help = "Documents, files and folders of the source that cannot be read or are refused";
-        gauge.encode(encoder.encode_descriptor("mica_source_faults", help, None, gauge.metric_type())?)
+/// Resolves when Mica is to stop.
+pub(super) fn stopping(stopped: &watch::Receiver<bool>) -> impl Future<Output = ()> + use<> {
+    let mut stopped = stopped.clone();
+    async move {
+        // An error means that the sender is gone, which is an end too.
+        let _ = stopped.wait_for(|stop| *stop).await;
     }
 }
 
@@ -336,7 +300,10 @@ async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
     })
 }
 
-async fn until(stop: impl Future<Output = ()>, work: impl Future<Output = ()>) -> Result<(), Error> {
+pub(super) async fn until(
+    stop: impl Future<Output = ()>,
+    work: impl Future<Output = ()>,
+) -> Result<(), Error> {
     tokio::select! {
         () = stop => {}
         () = work => {}
@@ -363,7 +330,7 @@ fn names(typed: &[ServingName]) -> Names {
     names
 }
 
-fn usage(why: impl ToString) -> Error {
+pub(super) fn usage(why: impl ToString) -> Error {
     Error::Usage(why.to_string())
 }
 

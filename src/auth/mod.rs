@@ -8,6 +8,11 @@
 mod accounts;
 mod certificate;
 mod forwarded;
+mod impersonation;
+pub mod keys;
+pub mod oidc;
+pub mod token;
+pub mod trial;
 
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -24,6 +29,7 @@ use crate::core::spiffe::ServiceAccount;
 pub use accounts::Accounts;
 pub use certificate::CertificateAuthenticator;
 pub use forwarded::{ForwardedAuthenticator, Trusted};
+pub use impersonation::Impersonation;
 
 /// An answer that may have to be waited for.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

@@ -1,1 +1,182 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
+
+mod known;
+mod live;
+mod objects;
+mod review;
+mod seen;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::config::{KubeConfigOptions, KubeconfigError};
+use kube::core::Request;
+use kube::core::params::GetParams;
+use kube::{Client, Config};
+use serde::Deserialize;
+
+pub use objects::Objects;
+pub use review::TokenReviews;
+
+use crate::auth::{Answer, KeySource};
+
+/// What Mica asks of the API server, as the rules of a cluster role, for the documents.
+///
+/// `nodes` is only needed for impersonation, `tokenreviews` only for reviews.
+pub const PERMISSIONS: &str = "\
+- apiGroups: [\"\"]
+  resources: [serviceaccounts, pods, nodes]
+  verbs: [get, list, watch]
+- apiGroups: [authentication.k8s.io]
+  resources: [tokenreviews]
+  verbs: [create]
+- nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
+  verbs: [get]
+";
+
+/// A single request, waiting for its turn included.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why the API server is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing says where it is.
+    #[error(
+        "no API server to ask: {0}; set KUBECONFIG to a file that kubectl can use, or run in a pod with a service account"
+    )]
+    Nowhere(String),
+    /// What says where it is cannot be used.
+    #[error("the kubeconfig cannot be used: {0}; try `kubectl config view`")]
+    Kubeconfig(String),
+    /// The way to it cannot be used.
+    #[error("the API server at {place} cannot be asked: {fault}")]
+    Client {
+        /// Its address.
+        place: String,
+        /// What is wrong.
+        fault: String,
+    },
+    /// It was asked and did not answer well.
+    #[error("the API server gave no {what} at {place}: {fault}")]
+    Answer {
+        /// What was asked for.
+        what: &'static str,
+        /// From where.
+        place: String,
+        /// What came instead.
+        fault: String,
+    },
+}
+
+/// A connection to an API server. Nothing is asked until somebody wants to know.
+#[derive(Clone)]
+pub struct Cluster {
+    client: Client,
+    place: Arc<str>,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Cluster").field(&self.place).finish()
+    }
+}
+
+impl Cluster {
+    /// The API server that `KUBECONFIG` or `~/.kube/config` names, or the one of the pod that this runs in.
+    pub async fn find() -> Result<Self, Error> {
+        let missing = match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
+            Ok(config) => return Self::new(config),
+            Err(KubeconfigError::ReadConfig(fault, path)) if fault.kind() == io::ErrorKind::NotFound => {
+                format!("there is no {}", path.display())
+            }
+            Err(KubeconfigError::FindPath) => "there is no home folder".to_owned(),
+            // What the reader says of it shows lines of the file, which may hold keys and tokens.
+            Err(KubeconfigError::Parse(_)) => {
+                return Err(Error::Kubeconfig("it is no kubeconfig".to_owned()));
+            }
+            Err(fault) => return Err(Error::Kubeconfig(fault.to_string())),
+        };
+        match Config::incluster() {
+            Ok(config) => Self::new(config),
+            Err(fault) => Err(Error::Nowhere(format!("{missing}, and this is no pod: {fault}"))),
+        }
+    }
+
+    /// The API server of a configuration.
+    pub fn new(mut config: Config) -> Result<Self, Error> {
+        let place: Arc<str> = config.cluster_url.to_string().trim_end_matches('/').into();
+        config.connect_timeout = Some(PATIENCE);
+        // Whoever asks decides whether to ask again.
+        config.default_retry = false;
+        let client = Client::try_from(config)
+            .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
+        Ok(Self { client, place })
+    }
+
+    /// Its address.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// The issuer of its service account tokens.
+    pub async fn issuer(&self) -> Result<String, Error> {
+        #[derive(Deserialize)]
+        struct Discovery {
+            issuer: String,
+        }
+        let (what, place) = ("token issuer", format!("{}/.well-known/openid-configuration", self.place));
+        let text = match self.get("/.well-known", "openid-configuration").await {
+            Ok(text) => text,
+            Err(fault) => return Err(Error::Answer { what, place, fault }),
+        };
+        serde_json::from_str(&text).map(|found: Discovery| found.issuer).map_err(|fault| Error::Answer {
+            what,
+            place,
+            fault: fault.to_string(),
+        })
+    }
+
+    async fn get(&self, folder: &str, name: &str) -> Result<String, String> {
+        let request = Request::new(folder).get(name, &GetParams::default()).map_err(|e| e.to_string())?;
+        in_time(self.client.request_text(request)).await
+    }
+}
+
+impl KeySource for Cluster {
+    fn fetch(&self) -> Answer<'_, Result<Vec<u8>, String>> {
+        Box::pin(async {
+            let keys = self.get("/openid/v1", "jwks").await;
+            keys.map(String::into_bytes).map_err(|fault| format!("{}: {fault}", KeySource::place(self)))
+        })
+    }
+
+    fn place(&self) -> String {
+        format!("{}/openid/v1/jwks", self.place)
+    }
+}
+
+async fn in_time<T>(asked: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
+    match tokio::time::timeout(PATIENCE, asked).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(fault)) => Err(said(&fault)),
+        Err(_) => Err(format!("no answer within {} seconds", PATIENCE.as_secs())),
+    }
+}
+
+/// What went wrong, in one line, the causes with it: the outermost error alone says only that something did.
+fn said(fault: &(dyn std::error::Error + 'static)) -> String {
+    if let Some(kube::Error::Api(status)) = fault.downcast_ref() {
+        return format!("{} ({})", status.message, status.code);
+    }
+    let mut text = fault.to_string();
+    let mut cause = fault.source();
+    while let Some(below) = cause {
+        let more = below.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = below.source();
+    }
+    text
+}

@@ -9,7 +9,7 @@ use time::format_description::well_known::Rfc3339;
 use super::serve::{self, MadeKind};
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::{DnsName, Organization};
-use crate::core::spiffe::{SpiffeId, TrustDomain};
+use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
 
 /// A certificate authority for workload mTLS identity
 ///
@@ -106,6 +106,9 @@ pub enum Command {
     /// Work with trust bundles, as PEM or as SPIFFE JSON
     #[command(subcommand)]
     Bundle(BundleCommand),
+    /// Make tokens to try a running authority with
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
@@ -444,6 +447,47 @@ pub enum BundleForm {
     Spiffe,
 }
 
+/// `mica token`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a short-lived service account token, for trials
+    ///
+    /// Prints the token and nothing else. It is signed with the trial issuer's key, which `mica serve DIR --trial-tokens`
+    /// keeps in its data folder while it runs; a server without that flag takes no such token, and neither does any other.
+    #[command(
+        after_help = "Example:\n  mica serve examples/bookinfo --trial-tokens\n  mica token new bookinfo/productpage --ttl 10m --out token"
+    )]
+    New(TokenNew),
+}
+
+/// `mica token new`.
+#[derive(Debug, Args)]
+pub struct TokenNew {
+    /// Whose token it is, as namespace/name
+    #[arg(value_name = "ACCOUNT", value_parser = account)]
+    pub account: ServiceAccount,
+    /// The data folder of the running server
+    #[arg(long, value_name = "DIR", default_value = "./.mica")]
+    pub data_dir: PathBuf,
+    /// How long it is good, up to 1h (s, m or h)
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = trial_lifetime)]
+    pub ttl: Lifetime,
+    /// Whom it is for, as the server's --token-audience says it
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "istio-ca",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    pub audience: String,
+    /// Where it goes instead, mode 0600
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Replace FILE if it is there
+    #[arg(long, requires = "out")]
+    pub force: bool,
+}
+
 /// `mica completions`.
 #[derive(Debug, Args)]
 pub struct Completions {
@@ -480,6 +524,22 @@ fn lifetime(text: &str) -> Result<Lifetime, String> {
         return Err("it has to be longer than nothing; write one such as 24h".to_owned());
     }
     Ok(lifetime)
+}
+
+fn trial_lifetime(text: &str) -> Result<Lifetime, String> {
+    const LONGEST: Lifetime = Lifetime::from_secs(3600);
+    let lifetime = lifetime(text)?;
+    if lifetime > LONGEST {
+        return Err(format!("a trial token is good for {LONGEST} at most"));
+    }
+    Ok(lifetime)
+}
+
+fn account(text: &str) -> Result<ServiceAccount, String> {
+    let (namespace, name) = text
+        .split_once('/')
+        .ok_or_else(|| "it is no account; write namespace/name, such as bookinfo/productpage".to_owned())?;
+    ServiceAccount::new(namespace, name).map_err(|e| e.to_string())
 }
 
 fn moment(text: &str) -> Result<OffsetDateTime, String> {

@@ -1,7 +1,7 @@
 //! The flags of `mica serve`. Each can also be set by the environment variable `MICA_<FLAG>`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
@@ -15,7 +15,9 @@ const EXAMPLES: &str = "\
 Examples:
   mica serve examples/bookinfo
   mica serve manifests/ --trust-domain example.org --ttl 1h
+  mica serve manifests/ --token-issuer https://kubernetes.default.svc.cluster.local --token-jwks jwks.json
   mica serve manifests/ --authority /etc/mica/ca --secrets /var/lib/mica/secrets --secrets-group 1337 --secrets-mode 0640
+  mica serve --kube --authority /etc/mica/ca --data-dir /var/lib/mica --grpc-address 0.0.0.0:15012
 
 Each flag can also be set by the environment variable MICA_<FLAG>, such as MICA_TRUST_DOMAIN.";
 
@@ -24,12 +26,20 @@ Each flag can also be set by the environment variable MICA_<FLAG>, such as MICA_
 /// Reads the service accounts from the Kubernetes manifests below DIR (ServiceAccounts, and the accounts of pods and
 /// workloads), makes a root on the first start, and keeps a certificate, a key and the trust bundle for each account in
 /// <SECRETS>/<namespace>/istio.<account>/, which proxies mount. Changes below DIR are followed within two seconds.
+///
+/// With --kube the accounts are those of a Kubernetes cluster, which get certificates when they ask for them with their
+/// tokens; no files and no Secrets are written for them.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     /// Folder of Kubernetes manifests (.yaml, .yml, .json), nested as you like
     #[arg(value_name = "DIR", env = "MICA_DIR", hide_env = true)]
-    pub source: PathBuf,
+    pub source: Option<PathBuf>,
+
+    /// Serve the accounts of a cluster: its API server is the one of KUBECONFIG or ~/.kube/config, or of the pod that
+    /// mica runs in
+    #[arg(long, env = "MICA_KUBE", hide_env = true)]
+    pub kube: bool,
 
     /// Folder for the authority's own state; made if missing, and held by one mica at a time
     #[arg(long, value_name = "DIR", default_value = "./.mica", env = "MICA_DATA_DIR", hide_env = true)]
@@ -120,6 +130,36 @@ pub struct Args {
     )]
     pub dns_names: Vec<ServingName>,
 
+    /// Issuer of the service account tokens to take, as their iss says it; without --token-jwks an https URL whose
+    /// .well-known/openid-configuration says where its keys are
+    #[arg(long, value_name = "ISSUER", env = "MICA_TOKEN_ISSUER", hide_env = true)]
+    pub token_issuer: Option<String>,
+
+    /// File or https URL of that issuer's public keys (a JWK Set)
+    #[arg(
+        long,
+        value_name = "FILE-OR-URL",
+        requires = "token_issuer",
+        env = "MICA_TOKEN_JWKS",
+        hide_env = true
+    )]
+    pub token_jwks: Option<String>,
+
+    /// What has to be among the aud of service account tokens
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "istio-ca",
+        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        env = "MICA_TOKEN_AUDIENCE",
+        hide_env = true
+    )]
+    pub token_audience: String,
+
+    /// Take the tokens that `mica token new` makes, for trials: whoever can read the data folder can be any account
+    #[arg(long, env = "MICA_TRIAL_TOKENS", hide_env = true)]
+    pub trial_tokens: bool,
+
     /// How the log is written [default: human on a terminal, else json]
     #[arg(long, value_name = "FORMAT", value_enum, env = "MICA_LOG_FORMAT", hide_env = true)]
     pub log_format: Option<LogFormat>,
@@ -127,6 +167,47 @@ pub struct Args {
     /// What is logged: error, warn, info or debug
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "MICA_LOG_LEVEL", hide_env = true)]
     pub log_level: tracing::Level,
+}
+
+/// Where the service accounts are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin<'a> {
+    /// In a folder of manifests.
+    Folder(&'a Path),
+    /// In a cluster.
+    Cluster,
+}
+
+impl Args {
+    /// Where the service accounts are, unless what was typed contradicts itself.
+    pub fn origin(&self) -> Result<Origin<'_>, String> {
+        match (&self.source, self.kube) {
+            (Some(folder), false) => return Ok(Origin::Folder(folder)),
+            (Some(folder), true) => {
+                let folder = folder.display();
+                return Err(format!(
+                    "the folder {folder} and --kube were given: service accounts come from one of them"
+                ));
+            }
+            (None, false) => {
+                return Err(
+                    "no service accounts were given: name a folder of manifests, such as `mica serve examples/bookinfo`, or add --kube".to_owned(),
+                );
+            }
+            (None, true) => {}
+        }
+        let delivery = [
+            ("--secrets", self.secrets.is_some()),
+            ("--secrets-owner", self.secrets_owner.is_some()),
+            ("--secrets-group", self.secrets_group.is_some()),
+        ];
+        match delivery.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => {
+                Err(format!("{flag} is of no use with --kube, which delivers no files; leave it out"))
+            }
+            None => Ok(Origin::Cluster),
+        }
+    }
 }
 
 /// The kinds of keys that Mica makes.

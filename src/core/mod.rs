@@ -25,3 +25,5 @@ pub mod profile;
 pub mod refusal;
 pub mod rotation;
 pub mod spiffe;
+pub mod token;
+pub mod url;

@@ -6,6 +6,7 @@ use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use tonic::{Request, Response, Status};
 
+use super::Connected;
 use super::codes::status;
 use super::requests::{Ask, Requests, Wishes};
 use crate::auth::{Evidence, Peer};
@@ -122,6 +123,7 @@ fn framed(grant: &Grant) -> Vec<String> {
 /// Set by the listener, for every connection.
 fn peer(extensions: &tonic::Extensions) -> Result<&Arc<Peer>, Status> {
     extensions
-        .get()
+        .get::<Connected>()
+        .map(|connection| &connection.peer)
         .ok_or_else(|| Status::internal("the connection is unknown; this is a fault of mica's own"))
 }

@@ -1,5 +1,6 @@
 //! The gRPC listener: TLS with Mica's own leaf, and the services behind it.
 
+mod bounds;
 mod codes;
 mod health;
 mod istio;
@@ -18,12 +19,12 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
+use tonic::transport::server;
 
 pub use codes::DOMAIN;
 pub use metrics::Metrics;
@@ -34,7 +35,8 @@ use crate::proto::DESCRIPTORS;
 use crate::proto::grpc::health::v1::health_server::HealthServer;
 use crate::proto::istio::v1::auth::istio_ca_service_server::IstioCaServiceServer;
 use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertificateServiceServer;
-use crate::sys::listen::{Listener, Stream};
+use crate::sys::listen::{Listener, Places, Stream};
+use bounds::{Bounded, Unanswered};
 use tls::ServingCertificate;
 
 /// Says whether Mica can do its work now.
@@ -47,8 +49,10 @@ const HANDSHAKES: usize = 256;
 /// Clients that are there answer a ping after 30 seconds.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// A request of an RSA-4096 key with a hundred names fits many times.
-const LARGEST_MESSAGE: usize = 64 * 1024;
+/// Health checks and questions about services are short.
+const LARGEST_QUESTION: usize = 4 * 1024;
+/// Who asks about services may go on asking for a while.
+const REFLECTION: Duration = Duration::from_secs(600);
 
 /// Why nothing is served.
 #[derive(Debug, thiserror::Error)]
@@ -79,13 +83,31 @@ pub async fn serve(
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .add_service(HealthServer::new(health::Health { ready }))
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
-        .add_service(
-            IstioCertificateServiceServer::new(istio.clone()).max_decoding_message_size(LARGEST_MESSAGE),
-        )
-        .add_service(IstioCaServiceServer::new(istio).max_decoding_message_size(LARGEST_MESSAGE))
+        .max_concurrent_streams(bounds::STREAMS)
+        .initial_stream_window_size(bounds::WINDOWS.0)
+        .initial_connection_window_size(bounds::WINDOWS.1)
+        .http2_max_header_list_size(bounds::LARGEST_HEADER)
+        .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
+        .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
+        // Its watchers stay for as long as they like.
+        .add_service(HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION))
+        .add_service(Bounded::new(
+            reflection().build_v1()?.max_decoding_message_size(LARGEST_QUESTION),
+            REFLECTION,
+        ))
+        .add_service(Bounded::new(
+            reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION),
+            REFLECTION,
+        ))
+        .add_service(Bounded::new(
+            IstioCertificateServiceServer::new(istio.clone())
+                .max_decoding_message_size(bounds::LARGEST_MESSAGE),
+            bounds::ANSWERED,
+        ))
+        .add_service(Bounded::new(
+            IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+            bounds::ANSWERED,
+        ))
         .serve_with_incoming_shutdown(incoming, stop);
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {
@@ -101,7 +123,7 @@ async fn accept(
     most: usize,
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
-    let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+    let places = Places::new(most);
     let mut handshakes = JoinSet::new();
     loop {
         let stream = listener.accept().await;
@@ -112,11 +134,12 @@ async fn accept(
                 Ok(stream) => stream,
                 Err(fault) => return tracing::debug!(%fault, "TLS handshake failed"),
             };
-            let Ok(place) = places.try_acquire_owned() else {
-                return tracing::warn!(most, "a client is sent away: too many are connected");
+            let source = source(&stream);
+            let Some(place) = places.take(source) else {
+                return tracing::warn!(most, %source, "a client is sent away: too many are connected");
             };
             stream.get_mut().0.stay(IDLE, place);
-            drop(accepted.send(Ok(Connection::new(stream))).await);
+            drop(accepted.send(Ok(Connection::new(stream, source))).await);
         });
     }
 }
@@ -124,25 +147,35 @@ async fn accept(
 /// A connection whose handshake is done.
 struct Connection {
     stream: TlsStream<Stream>,
+    known: Connected,
+}
+
+/// What requests are told of their connection.
+#[derive(Clone)]
+struct Connected {
     peer: Arc<Peer>,
+    unanswered: Arc<Unanswered>,
 }
 
 impl Connection {
-    fn new(stream: TlsStream<Stream>) -> Self {
-        let (tcp, tls) = stream.get_ref();
-        let unspecified = IpAddr::from(Ipv4Addr::UNSPECIFIED);
-        let source = tcp.get_ref().peer_addr().map_or(unspecified, |address| address.ip().to_canonical());
-        let certificates = tls.peer_certificates().unwrap_or_default();
+    fn new(stream: TlsStream<Stream>, source: IpAddr) -> Self {
+        let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|der| der.clone().into_owned()).collect();
-        Self { peer: Arc::new(Peer::new(source, certificates)), stream }
+        let peer = Arc::new(Peer::new(source, certificates));
+        Self { stream, known: Connected { peer, unanswered: Arc::default() } }
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Arc<Peer>;
+fn source(stream: &TlsStream<Stream>) -> IpAddr {
+    let unspecified = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+    stream.get_ref().0.get_ref().peer_addr().map_or(unspecified, |address| address.ip().to_canonical())
+}
+
+impl server::Connected for Connection {
+    type ConnectInfo = Connected;
 
     fn connect_info(&self) -> Self::ConnectInfo {
-        self.peer.clone()
+        self.known.clone()
     }
 }
 
@@ -152,6 +185,9 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.known.unanswered.is_overdue() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }

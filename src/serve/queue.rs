@@ -6,7 +6,7 @@
 use std::collections::hash_map::RandomState;
 use std::future::{Future, poll_fn};
 use std::hash::BuildHasher as _;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use crate::auth::Evidence;
 use crate::core::fair::{Fair, Place};
 use crate::core::refusal::{Reason, Refusal};
+use crate::sys::listen::network;
 
 /// The longest that the queue gets unless told otherwise: about a second of work.
 pub const MOST: usize = 8_192;
@@ -211,14 +212,6 @@ impl Collector for Length {
 /// Tokens and certificates end in their signature, which tells them apart.
 fn tail(credential: &[u8]) -> &[u8] {
     &credential[credential.len().saturating_sub(64)..]
-}
-
-/// One who has an IPv6 address has 2^64 of them.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
-        v4 => v4,
-    }
 }
 
 #[cfg(test)]

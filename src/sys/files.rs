@@ -208,6 +208,15 @@ fn write_all(dir: &Dir, folder: &Path, files: &[(&str, &[u8], u32)]) -> Result<(
 
 /// Writes one file that anyone may read: whole or not at all, in place of another only if `replace`.
 pub fn write_public(path: &Path, bytes: &[u8], replace: bool) -> Result<(), Error> {
+    write_file(path, bytes, replace, 0o666)
+}
+
+/// The same, of a file that nobody else may read.
+pub fn write_private(path: &Path, bytes: &[u8], replace: bool) -> Result<(), Error> {
+    write_file(path, bytes, replace, 0o600)
+}
+
+fn write_file(path: &Path, bytes: &[u8], replace: bool, mode: u32) -> Result<(), Error> {
     use std::io::Write as _;
     let failed = |source| Error::Write { path: path.to_owned(), source };
     let taken = || Error::Taken { path: path.to_owned(), advice: "give --force to replace it" };
@@ -221,7 +230,8 @@ pub fn write_public(path: &Path, bytes: &[u8], replace: bool) -> Result<(), Erro
     let name = path.file_name().ok_or_else(|| failed(std::io::ErrorKind::InvalidFilename.into()))?;
     let temporary = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
     let write = || {
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary)?;
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         if replace {

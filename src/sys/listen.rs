@@ -3,16 +3,19 @@
 use std::collections::VecDeque;
 use std::future::Future as _;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep};
+
+use crate::core::fair::{self, Fair};
 
 /// Raises the number of files this process may hold open to what it is allowed, and tells it.
 pub fn raise_open_files() -> usize {
@@ -48,6 +51,8 @@ impl Listener {
         loop {
             match self.inner.accept().await {
                 Ok((inner, _)) => {
+                    // An answer is not kept back for the one after it.
+                    let _ = inner.set_nodelay(true);
                     if self.inside.len() >= self.most {
                         self.inside.retain(|stream| !stream.is_closed());
                     }
@@ -57,7 +62,8 @@ impl Listener {
                     let (stays, pushed_out) = oneshot::channel();
                     self.inside.push_back(stays);
                     let deadline = Box::pin(sleep(self.time));
-                    return Stream { inner, deadline, pushed_out: Some(pushed_out), stays: None };
+                    let pushed_out = Some(pushed_out);
+                    return Stream { inner, deadline, pushed_out, stays: None, stalled: None };
                 }
                 Err(fault) => {
                     // Such as too many open files, which passes.
@@ -69,21 +75,76 @@ impl Listener {
     }
 }
 
+/// Places for connections that stay. When all are taken, the network with the most connections loses its newest, and not
+/// a newcomer from elsewhere. Clones share the places.
+#[derive(Clone, Debug)]
+pub struct Places(Arc<Mutex<Taken>>);
+
+type Taken = Fair<IpAddr, (), oneshot::Sender<()>>;
+
+/// Given back when dropped.
+#[derive(Debug)]
+pub struct Place {
+    places: Places,
+    at: fair::Place<IpAddr, ()>,
+    /// Resolves when it is somebody else's.
+    pushed_out: Option<oneshot::Receiver<()>>,
+}
+
+impl Places {
+    /// So many.
+    pub fn new(most: usize) -> Self {
+        Self(Arc::new(Mutex::new(Fair::new(most))))
+    }
+
+    /// A place, but for a newcomer of a network that has the most already.
+    pub fn take(&self, source: IpAddr) -> Option<Place> {
+        let (stays, mut pushed_out) = oneshot::channel();
+        let (at, out) = self.taken().push(network(source), (), stays);
+        drop(out);
+        let place = match pushed_out.try_recv() {
+            Err(oneshot::error::TryRecvError::Closed) => None,
+            _ => Some(pushed_out),
+        };
+        place.map(|pushed_out| Place { places: self.clone(), at, pushed_out: Some(pushed_out) })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _gone = self.places.taken().remove(&self.at);
+    }
+}
+
+/// What one client can have: an IPv4 address, or the 2^64 of an IPv6 network.
+pub fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        v4 => v4,
+    }
+}
+
 /// A connection that ends, with an error, when its time is over.
 #[derive(Debug)]
 pub struct Stream {
     inner: TcpStream,
     deadline: Pin<Box<Sleep>>,
-    /// Resolves when the listener needs the place.
+    /// Resolves when somebody else needs the place.
     pushed_out: Option<oneshot::Receiver<()>>,
-    stays: Option<(Duration, OwnedSemaphorePermit)>,
+    stays: Option<(Duration, Place)>,
+    /// Since when the client takes nothing.
+    stalled: Option<Instant>,
 }
 
 impl Stream {
-    /// Lets it stay for as long as the client says something now and then, in a place that it gives back at its end.
-    /// The listener forgets it.
-    pub fn stay(&mut self, idle: Duration, place: OwnedSemaphorePermit) {
-        self.pushed_out = None;
+    /// Lets it stay for as long as the client says something now and then, and takes what it is sent. The listener
+    /// forgets it.
+    pub fn stay(&mut self, idle: Duration, mut place: Place) {
+        self.pushed_out = place.pushed_out.take();
         self.stays = Some((idle, place));
         self.deadline.as_mut().reset(Instant::now() + idle);
     }
@@ -94,14 +155,22 @@ impl Stream {
     }
 
     fn unless_over<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        let pushed_out = match &mut self.pushed_out {
-            Some(pushed_out) => Pin::new(pushed_out).poll(cx).is_ready(),
-            None => false,
-        };
-        if pushed_out || self.deadline.as_mut().poll(cx).is_ready() {
+        if self.deadline.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Poll::Pending
+    }
+
+    /// Whoever is pushed out stays so.
+    fn is_pushed_out(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(pushed_out) = &mut self.pushed_out else { return false };
+        if Pin::new(pushed_out).poll(cx).is_pending() {
+            return false;
+        }
+        let (closed, gone) = oneshot::channel();
+        drop(closed);
+        self.pushed_out = Some(gone);
+        true
     }
 }
 
@@ -111,6 +180,9 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.is_pushed_out(cx) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         match Pin::new(&mut self.inner).poll_read(cx, buffer) {
             Poll::Pending => self.unless_over(cx),
             read => {
@@ -125,10 +197,16 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match Pin::new(&mut self.inner).poll_write(cx, bytes) {
-            Poll::Pending => self.unless_over(cx),
-            written => written,
+        let written = Pin::new(&mut self.inner).poll_write(cx, bytes);
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
         }
+        let since = *self.stalled.get_or_insert_with(Instant::now);
+        if self.stays.as_ref().is_some_and(|(idle, _)| since.elapsed() > *idle) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        self.unless_over(cx)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

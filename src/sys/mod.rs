@@ -3,6 +3,7 @@
 
 pub mod clock;
 pub mod dir;
+pub mod fetch;
 pub mod files;
 pub mod keys;
 pub mod listen;

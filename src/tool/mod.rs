@@ -10,6 +10,7 @@ mod reference;
 mod request;
 mod root;
 mod sign;
+mod token;
 mod verify;
 
 use std::path::Path;
@@ -18,7 +19,9 @@ use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use crate::client;
-use crate::config::cli::{BundleCommand, Command, CsrCommand, IntermediateCommand, RootCommand};
+use crate::config::cli::{
+    BundleCommand, Command, CsrCommand, IntermediateCommand, RootCommand, TokenCommand,
+};
 use crate::core::bundle::{self as core_bundle, TrustBundle};
 use crate::core::certificate::Certificate;
 use crate::core::inspect::{distance, one_line};
@@ -150,6 +153,9 @@ pub enum Error {
     /// An O that does not fit.
     #[error("{0}; give another with --organization")]
     Organization(#[from] profile::OrganizationError),
+    /// No trial issuer.
+    #[error(transparent)]
+    Trial(#[from] crate::auth::trial::Error),
     /// What was asked for does not go together.
     #[error("{0}")]
     Usage(String),
@@ -181,6 +187,7 @@ pub fn run(command: Command) -> Option<Result<Report, Error>> {
         Command::Root(RootCommand::New(arguments)) => root::new(&arguments),
         Command::Intermediate(IntermediateCommand::New(arguments)) => intermediate::new(&arguments),
         Command::Csr(CsrCommand::New(arguments)) => csr::new(&arguments),
+        Command::Token(TokenCommand::New(arguments)) => token::new(&arguments),
         Command::Csr(CsrCommand::Request(arguments)) => request::request(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),

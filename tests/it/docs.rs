@@ -115,7 +115,7 @@ fn families(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
 fn every_metric_is_documented_as_it_is() {
     let place = serve::Place::new();
     place.account("web");
-    let mica = place.start(&[]);
+    let mica = place.start(&["--trial-tokens"]);
     // One request that is granted, and one that is not.
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         place.leaf("web");

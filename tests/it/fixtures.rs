@@ -67,6 +67,33 @@ impl OpensslCa {
         Set { serial: serial(&chain), chain, key: read(&key), roots: read(&self.path("ca-cert.pem")) }
     }
 
+    /// A server's certificate and key for a DNS name, in `server.pem` and `server-key.pem` of a folder.
+    pub(crate) fn server(&self, folder: &Path, name: &str) {
+        let configuration = self.path("server.cnf");
+        let text = format!(
+            "[req]\ndistinguished_name=name\nprompt=no\nx509_extensions=leaf\n[name]\n[leaf]\n\
+            basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n\
+            extendedKeyUsage=serverAuth\nsubjectAltName=critical,DNS:{name}\n\
+            subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        );
+        fs::write(&configuration, text).expect("the server's configuration is written");
+        run(self
+            .request(&configuration)
+            .args(["-days", "1", "-subj", "/", "-CA"])
+            .arg(self.root())
+            .arg("-CAkey")
+            .arg(self.path("ca-key.pem"))
+            .arg("-keyout")
+            .arg(folder.join("server-key.pem"))
+            .arg("-out")
+            .arg(folder.join("server.pem")));
+    }
+
+    /// The file of the root.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.path("ca-cert.pem")
+    }
+
     fn request(&self, configuration: &Path) -> Command {
         let mut openssl = parts::openssl();
         openssl

@@ -4,7 +4,9 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 mod cli;
+mod cluster;
 mod conformance;
+mod csr_api;
 mod docs;
 mod envoy;
 mod fixtures;

@@ -34,6 +34,11 @@ pub(crate) fn grpcurl() -> PathBuf {
     find("grpcurl")
 }
 
+/// A program of Kubernetes' control plane, etcd among them.
+pub(crate) fn kubernetes(name: &str) -> PathBuf {
+    find("kubernetes").with_file_name(name)
+}
+
 fn find(name: &str) -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parts/part");
     let output = Command::new(&script)
@@ -56,6 +61,9 @@ fn every_part_is_there_and_runs() {
         (Command::new(go_spiffe()), "id"),
         (Command::new(faketime()), "--version"),
         (Command::new(grpcurl()), "-version"),
+        (Command::new(kubernetes("etcd")), "--version"),
+        (Command::new(kubernetes("kube-apiserver")), "--version"),
+        (Command::new(kubernetes("kube-controller-manager")), "--version"),
     ] {
         let output = program
             .arg(argument)

@@ -105,12 +105,12 @@ fn another_trust_domain_is_refused() {
 }
 
 /// A CA of OpenSSL's making, as users bring them.
-pub(super) struct Brought {
+pub(crate) struct Brought {
     folder: tempfile::TempDir,
 }
 
 impl Brought {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let brought = Self { folder: tempfile::tempdir().unwrap() };
         brought.openssl(
             &["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650", "-sha256"],
@@ -142,7 +142,7 @@ impl Brought {
     }
 
     /// An intermediate below the root, with a key of this kind, as four files in a folder.
-    pub(super) fn intermediate(&self, name: &str, key: &[&str], days: &str) -> PathBuf {
+    pub(crate) fn intermediate(&self, name: &str, key: &[&str], days: &str) -> PathBuf {
         let folder = self.path(name);
         fs::create_dir_all(&folder).unwrap();
         self.openssl(&["genpkey", "-out"], |command| {
@@ -176,7 +176,7 @@ impl Brought {
     }
 
     /// Copies the files of an intermediate into a folder, one after the other, as people do.
-    pub(super) fn put(&self, name: &str, folder: &Path) {
+    pub(crate) fn put(&self, name: &str, folder: &Path) {
         let read = |file: String| fs::read_to_string(self.path(&file)).unwrap();
         let (certificate, root) = (read(format!("{name}.pem")), read("root.pem".to_owned()));
         fs::write(folder.join("ca-cert.pem"), &certificate).unwrap();
@@ -186,7 +186,7 @@ impl Brought {
     }
 }
 
-pub(super) const P256: [&str; 4] = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"];
+pub(crate) const P256: [&str; 4] = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"];
 const RSA: [&str; 4] = ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"];
 
 fn openssl_accepts(place: &Place, account: &str) {

@@ -1,14 +1,16 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
-mod authority;
+pub(crate) mod authority;
 mod clock;
 mod delivery;
 mod disk;
+mod flood;
 mod grpc;
 mod kills;
 mod lifecycle;
 pub(crate) mod mtls;
 mod rotation;
+mod tokens;
 
 use std::fs;
 use std::io::{Read as _, Write as _};

@@ -1,0 +1,218 @@
+//! Which accounts, pods and nodes live, from watches; what they do not know is read once.
+
+use std::pin::pin;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Client, Resource as _};
+use tokio::sync::{Notify, watch};
+use tokio_stream::StreamExt as _;
+
+use super::Cluster;
+use super::known::{Accounts, Facts, Memory, NodeNames, Pods, Which};
+use super::live::{Live, Question};
+use super::seen::Seen;
+use crate::auth::{Answer, Life, Liveness, Nodes};
+use crate::core::caller::Object;
+use crate::core::spiffe::ServiceAccount;
+use crate::sys::clock;
+
+/// The living accounts, pods and nodes of a cluster.
+///
+/// What a watch has told is believed until it tells otherwise, also while the API server is away. What it has not told is
+/// read once, and if that fails it is unknown.
+pub struct Objects {
+    client: Client,
+    live: Live,
+    accounts: Kept<Accounts>,
+    pods: Kept<Pods>,
+    nodes: Kept<NodeNames>,
+    nodes_wanted: Notify,
+}
+
+impl std::fmt::Debug for Objects {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let lengths = (self.accounts.read().len(), self.pods.read().len(), self.nodes.read().len());
+        write!(f, "Objects{lengths:?}")
+    }
+}
+
+impl Objects {
+    /// Knows nothing yet.
+    pub fn new(cluster: &Cluster) -> Self {
+        Self {
+            client: cluster.client.clone(),
+            live: Live::new(cluster.client.clone()),
+            accounts: Kept::default(),
+            pods: Kept::default(),
+            nodes: Kept::default(),
+            nodes_wanted: Notify::new(),
+        }
+    }
+
+    /// Follows the cluster for ever. Nodes are followed once somebody has asked for one, since few need them.
+    pub async fn follow(&self) {
+        let nodes = async {
+            self.nodes_wanted.notified().await;
+            self.watch(&self.nodes).await;
+        };
+        tokio::join!(self.watch(&self.accounts), self.watch(&self.pods), nodes);
+    }
+
+    /// Waits until all accounts and pods have been seen once.
+    pub async fn completed(&self) {
+        for mut complete in [self.accounts.complete.subscribe(), self.pods.complete.subscribe()] {
+            // The sender lives as long as this.
+            let _ = complete.wait_for(|complete| *complete).await;
+        }
+    }
+
+    async fn watch<M: Memory>(&self, kept: &Kept<M>) {
+        let what = M::Kind::plural(&());
+        let api: Api<Seen<M::Kind>> = Api::all(self.client.clone());
+        let mut events = pin!(watcher(api, watcher::Config::default()).default_backoff());
+        let mut fresh = M::default();
+        while let Some(event) = events.next().await {
+            match event {
+                // What was known stays until all of the new is there.
+                Ok(Event::Init) => fresh = M::default(),
+                Ok(Event::InitApply(seen)) => fresh.apply(&seen),
+                Ok(Event::InitDone) => {
+                    tracing::info!(%what, count = fresh.len(), "all have been read from the API server");
+                    kept.replace(std::mem::take(&mut fresh));
+                }
+                Ok(Event::Apply(seen)) => kept.write().apply(&seen),
+                Ok(Event::Delete(seen)) => kept.write().delete(&seen),
+                Err(fault) => {
+                    let fault = super::said(&fault);
+                    tracing::warn!(%what, fault, "watching the API server failed; it is tried again, and what is known stays");
+                }
+            }
+        }
+    }
+
+    /// A pod as the watch has told it, or as it is read now if that is another one, or not enough.
+    async fn pod_facts(
+        &self,
+        namespace: &str,
+        pod: &Object,
+        is_enough: fn(&Facts) -> bool,
+    ) -> Result<Option<Facts>, String> {
+        let known = self.pods.read().get(namespace, &pod.name).cloned();
+        match known.filter(|facts| *facts.which.uid == *pod.uid && is_enough(facts)) {
+            Some(facts) => Ok(Some(facts)),
+            None => {
+                let question = Question::Pod { namespace: namespace.into(), name: pod.name.as_str().into() };
+                self.live.ask(question).await
+            }
+        }
+    }
+
+    async fn node_uid(&self, name: &str) -> Result<Option<String>, String> {
+        self.nodes_wanted.notify_one();
+        let known = self.nodes.read().get(name).map(|which| which.uid.to_string());
+        match known {
+            Some(uid) => Ok(Some(uid)),
+            None => {
+                let found = self.live.ask(Question::Node(name.into())).await?;
+                Ok(found.map(|facts| facts.which.uid.into()))
+            }
+        }
+    }
+}
+
+impl Liveness for Objects {
+    fn account<'a>(&'a self, account: &'a ServiceAccount, uid: Option<&'a str>) -> Answer<'a, Life> {
+        Box::pin(async move {
+            let now = clock::now().unix_timestamp();
+            let alive = |which: &Which| life(which, uid, now) == Life::Alive;
+            if self.accounts.read().get(account).is_some_and(alive) {
+                return Life::Alive;
+            }
+            match self.live.ask(Question::Account(account.clone())).await {
+                Ok(Some(facts)) => life(&facts.which, uid, now),
+                Ok(None) => Life::Gone,
+                Err(fault) => Life::Unknown(fault),
+            }
+        })
+    }
+
+    fn pod<'a>(&'a self, namespace: &'a str, pod: &'a Object) -> Answer<'a, Life> {
+        Box::pin(async move {
+            let now = clock::now().unix_timestamp();
+            match self.pod_facts(namespace, pod, |_| true).await {
+                Ok(Some(facts)) => life(&facts.which, Some(&pod.uid), now),
+                Ok(None) => Life::Gone,
+                Err(fault) => Life::Unknown(fault),
+            }
+        })
+    }
+}
+
+impl Nodes for Objects {
+    fn runs<'a>(&'a self, node: &'a Object, account: &'a ServiceAccount) -> Answer<'a, Result<bool, String>> {
+        Box::pin(async move {
+            if self.node_uid(&node.name).await?.as_ref() != Some(&node.uid) {
+                return Ok(false);
+            }
+            if self.pods.read().runs(&node.name, account) {
+                return Ok(true);
+            }
+            let question = Question::Runs { node: node.name.as_str().into(), account: account.clone() };
+            Ok(self.live.ask(question).await?.is_some())
+        })
+    }
+
+    fn node_of<'a>(
+        &'a self,
+        account: &'a ServiceAccount,
+        pod: &'a Object,
+    ) -> Answer<'a, Result<Option<Object>, String>> {
+        Box::pin(async move {
+            let now = clock::now().unix_timestamp();
+            // A pod may have been seen before it had a node.
+            let placed = |facts: &Facts| facts.node.is_some();
+            let Some(facts) = self.pod_facts(account.namespace(), pod, placed).await? else {
+                return Ok(None);
+            };
+            let is_meant = *facts.which.uid == *pod.uid && facts.account.as_ref() == Some(account);
+            let (Some(name), true, true) = (facts.node.as_deref(), is_meant, facts.runs(now)) else {
+                return Ok(None);
+            };
+            Ok(self.node_uid(name).await?.map(|uid| Object { name: name.to_owned(), uid }))
+        })
+    }
+}
+
+fn life(which: &Which, uid: Option<&str>, now: i64) -> Life {
+    match uid {
+        _ if which.is_gone(now) => Life::Gone,
+        Some(uid) if *which.uid != *uid => Life::Replaced,
+        _ => Life::Alive,
+    }
+}
+
+/// What a watch has told of one kind.
+#[derive(Debug, Default)]
+struct Kept<M> {
+    memory: RwLock<M>,
+    complete: watch::Sender<bool>,
+}
+
+impl<M> Kept<M> {
+    fn read(&self) -> RwLockReadGuard<'_, M> {
+        self.memory.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, M> {
+        self.memory.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn replace(&self, all: M) {
+        let before = std::mem::replace(&mut *self.write(), all);
+        self.complete.send_replace(true);
+        // Without the lock: it may be large.
+        drop(before);
+    }
+}

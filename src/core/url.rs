@@ -1,0 +1,157 @@
+//! Where public keys are fetched from.
+
+use core::net::IpAddr;
+use std::fmt;
+use std::str::FromStr;
+
+use http::Uri;
+
+use super::inspect::one_line;
+use super::spiffe::shortened;
+
+/// Why an address is not one that keys are fetched from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Not a URL.
+    #[error("{0:?} is no URL: {1}")]
+    Form(String, String),
+    /// Whoever is on the way could answer.
+    #[error("{0:?} is not https; plain http is taken from this machine alone (127.0.0.1, [::1], localhost)")]
+    Plain(String),
+    /// A password, or a host that looks like another.
+    #[error("{0:?} names a user before the host, which mica never sends; leave that out")]
+    User(String),
+    /// Parts that no server sees.
+    #[error("{0:?} has a fragment; leave what follows the # out")]
+    Fragment(String),
+}
+
+/// A URL of the scheme https, or http on this machine.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Url {
+    text: String,
+    uri: Uri,
+}
+
+impl Url {
+    /// Whether it is on this machine.
+    pub fn is_local(&self) -> bool {
+        is_local(&self.uri)
+    }
+
+    /// As HTTP libraries take it.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// The document that says where an issuer's keys are (OpenID Connect Discovery 1.0, 4.1).
+    pub fn discovery(&self) -> Result<Self, Error> {
+        format!("{}/.well-known/openid-configuration", self.text.trim_end_matches('/')).parse()
+    }
+}
+
+impl FromStr for Url {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let written = || one_line(&shortened(text));
+        if text.contains('#') {
+            return Err(Error::Fragment(written()));
+        }
+        let uri: Uri =
+            text.parse().map_err(|e: http::uri::InvalidUri| Error::Form(written(), e.to_string()))?;
+        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+            return Err(Error::Form(written(), "it does not begin with https://".to_owned()));
+        };
+        if authority.as_str().contains('@') {
+            return Err(Error::User(written()));
+        }
+        if authority.host().is_empty() {
+            return Err(Error::Form(written(), "it has no host".to_owned()));
+        }
+        match scheme {
+            "https" => {}
+            "http" if is_local(&uri) => {}
+            _ => return Err(Error::Plain(written())),
+        }
+        Ok(Self { text: text.to_owned(), uri })
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.text, f)
+    }
+}
+
+fn is_local(uri: &Uri) -> bool {
+    let host = uri.host().unwrap_or_default();
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    host.eq_ignore_ascii_case("localhost")
+        || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_http_is_for_this_machine_alone() {
+        for (text, local) in [
+            ("https://example.org", false),
+            ("https://example.org:8443/keys?x=y", false),
+            ("https://127.0.0.1/keys", true),
+            ("http://127.0.0.1:1/keys", true),
+            ("http://127.9.9.9/", true),
+            ("http://[::1]:80/keys", true),
+            ("http://localhost/keys", true),
+            ("HTTP://LOCALHOST/keys", true),
+        ] {
+            let url: Url = text.parse().unwrap();
+            assert_eq!((url.is_local(), url.as_str()), (local, text));
+        }
+        for text in [
+            "http://example.org",
+            "http://127.0.0.1.example.org/",
+            "http://localhost.example.org/",
+            "http://[::2]/",
+            "http://0.0.0.0/",
+            "http://2130706433/",
+            "http://10.0.0.1/",
+            "http://169.254.169.254/latest/meta-data",
+            "ftp://127.0.0.1/",
+            "file:///etc/passwd",
+            "unix:///run/x",
+        ] {
+            assert!(matches!(text.parse::<Url>(), Err(Error::Plain(_) | Error::Form(..))), "{text}");
+        }
+        for text in ["https://127.0.0.1@example.org/", "http://localhost:80@example.org/", "https://a:b@c/"] {
+            assert!(matches!(text.parse::<Url>(), Err(Error::User(_))), "{text}");
+        }
+        for text in
+            ["", "keys.json", "/etc/keys.json", "https://", "https:///x", "https://a b/", "https://a/\n"]
+        {
+            assert!(text.parse::<Url>().is_err(), "{text:?}");
+        }
+        assert!(matches!("https://a/#b".parse::<Url>(), Err(Error::Fragment(_))));
+    }
+
+    #[test]
+    fn discovery_is_below_the_issuer() {
+        for issuer in ["https://example.org/realms/a", "https://example.org/realms/a/"] {
+            let url = issuer.parse::<Url>().unwrap().discovery().unwrap();
+            assert_eq!(url.as_str(), "https://example.org/realms/a/.well-known/openid-configuration");
+        }
+    }
+}

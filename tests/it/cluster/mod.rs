@@ -1,0 +1,29 @@
+//! Mica and a real API server.
+
+mod control_plane;
+mod knowledge;
+mod served;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use control_plane::{ControlPlane, ISSUER};
+use serde_json::Value;
+
+#[test]
+fn the_control_plane_makes_tokens_as_a_kubelet_gets_them() {
+    let plane = ControlPlane::shared();
+    let namespace = plane.namespace();
+    let account = namespace.account("web");
+    let node = namespace.node("a");
+    let pod = namespace.pod("web-1", "web", &node);
+    let token = namespace.token("web", "istio-ca", Some(&pod));
+    let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
+    let claims: Value = serde_json::from_slice(&claims).unwrap();
+    assert_eq!(claims["iss"], ISSUER);
+    assert_eq!(claims["aud"][0], "istio-ca");
+    let bound = &claims["kubernetes.io"];
+    assert_eq!(bound["serviceaccount"]["uid"], *account.uid);
+    assert_eq!(bound["pod"]["uid"], *pod.uid);
+    assert_eq!(bound["node"]["name"], *node.name);
+    assert_eq!(bound["node"]["uid"], *node.uid);
+}

@@ -1,0 +1,247 @@
+//! An authority whose answers are wrong, each in its own way: `mica csr request` takes none of them.
+
+use std::sync::{Arc, Mutex};
+
+use mica::core::authority_files;
+use mica::core::certificate::Certificate;
+use mica::core::csr::CheckedCsr;
+use mica::core::issuer::{Issuer, Order};
+use mica::core::key::{KeyKind, PublicKey};
+use mica::core::profile::Profile;
+use mica::core::spiffe::{SpiffeId, TrustDomain};
+use mica::proto::istio::v1::auth::istio_certificate_service_server::{
+    IstioCertificateService, IstioCertificateServiceServer,
+};
+use mica::proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
+use mica::sys::{files, keys};
+use time::{Duration, OffsetDateTime};
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status};
+
+use crate::mica::{Done, ID, Place};
+use crate::parts;
+use crate::serve::wait_for;
+use std::process::Stdio;
+
+type Answer = Box<dyn Fn(&PublicKey) -> Result<Vec<String>, Status> + Send>;
+
+#[derive(Clone)]
+struct Impostor(Arc<Mutex<Answer>>);
+
+#[tonic::async_trait]
+impl IstioCertificateService for Impostor {
+    async fn create_certificate(
+        &self,
+        request: Request<IstioCertificateRequest>,
+    ) -> Result<Response<IstioCertificateResponse>, Status> {
+        let csr = CheckedCsr::from_pem(request.into_inner().csr.as_bytes()).unwrap();
+        let cert_chain = self.0.lock().unwrap()(csr.key())?;
+        Ok(Response::new(IstioCertificateResponse { cert_chain }))
+    }
+}
+
+/// The CA in a folder of the place.
+fn issuer(place: &Place, folder: &str) -> Issuer {
+    let found = files::read_named(&place.path(folder), &authority_files::NAMES, 1 << 20).unwrap();
+    authority_files::issuer(&found, None, &TrustDomain::parse("cluster.local").unwrap()).unwrap()
+}
+
+fn issued(issuer: &Issuer, profile: Profile<'_>, key: &PublicKey, at: OffsetDateTime) -> String {
+    let order = Order { profile, key, lifetime: "1h".parse().unwrap() };
+    let issued = issuer.issue(&order, at, keys::serial_number().unwrap()).unwrap();
+    Certificate::from_der(issued.der()).unwrap().to_pem()
+}
+
+fn leaf(issuer: &Issuer, id: &str, key: &PublicKey, at: OffsetDateTime) -> String {
+    let id = SpiffeId::parse(id).unwrap();
+    issued(issuer, Profile::Workload { id: &id, dns: &[], proved_at: None }, key, at)
+}
+
+/// A place with a CA, an impostor that its root vouches for, and the address of it.
+async fn start(first: Answer) -> (Place, Impostor, String) {
+    let place = Place::with_ca();
+    place.ok(&["root", "new", "--out", "other"]);
+    place.write("token", "a.b.c");
+    let key = keys::generate(KeyKind::P256).unwrap();
+    let serving = Profile::Serving { dns: &["localhost".parse().unwrap()], addresses: &[] };
+    let issuer = issuer(&place, "ca");
+    let chain = issued(&issuer, serving, key.public(), OffsetDateTime::now_utc())
+        + &issuer.chain().iter().map(Certificate::to_pem).collect::<String>();
+    let tls = ServerTlsConfig::new().identity(Identity::from_pem(chain, key.to_pem().as_bytes()));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let impostor = Impostor(Arc::new(Mutex::new(first)));
+    let server = Server::builder()
+        .tls_config(tls)
+        .unwrap()
+        .add_service(IstioCertificateServiceServer::new(impostor.clone()))
+        .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
+    tokio::spawn(server);
+    (place, impostor, address)
+}
+
+fn ask(place: &Place, address: &str, more: &[&str]) -> Done {
+    let arguments = ["csr", "request", "--address", address, "--name", "localhost", "--token-file", "token"];
+    let roots = ["--roots", "root/root-cert.pem", "--out", "out"];
+    tokio::task::block_in_place(|| place.run(&[&arguments[..], &roots, more].concat()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_wrong_answer_is_written_down() {
+    let (place, impostor, address) = start(Box::new(|_| Ok(Vec::new()))).await;
+    let now = OffsetDateTime::now_utc();
+    let (ca, root, other) = (issuer(&place, "ca"), issuer(&place, "root"), issuer(&place, "other"));
+    let [above, bundle, foreign] =
+        ["ca/ca-cert.pem", "root/root-cert.pem", "other/root-cert.pem"].map(|name| place.read(name));
+    let another = keys::generate(KeyKind::P256).unwrap().public().clone();
+    let domain = TrustDomain::parse("cluster.local").unwrap();
+    let organization = "x".parse().unwrap();
+
+    type Wrong<'a> = (&'a str, &'a str, Answer);
+    let own = |issuer: &Issuer| {
+        let issuer = issuer.clone();
+        move |key: &PublicKey| leaf(&issuer, ID, key, now)
+    };
+    let wrong: Vec<Wrong<'_>> = vec![
+        ("nothing", "0 elements", Box::new(|_| Ok(Vec::new()))),
+        ("a bundle alone", "1 elements", {
+            let bundle = bundle.clone();
+            Box::new(move |_| Ok(vec![bundle.clone()]))
+        }),
+        ("no bundle", "no CA", {
+            let (own, above) = (own(&ca), above.clone());
+            Box::new(move |key| Ok(vec![above.clone(), own(key)]))
+        }),
+        ("an empty bundle", "no PEM block", {
+            let (own, above) = (own(&ca), above.clone());
+            Box::new(move |key| Ok(vec![own(key), above.clone(), String::new()]))
+        }),
+        ("two certificates in one element", "element 1 holds 2 certificates", {
+            let (own, above, bundle) = (own(&ca), above.clone(), bundle.clone());
+            Box::new(move |key| Ok(vec![own(key) + &above, bundle.clone()]))
+        }),
+        ("garbage", "element 1", {
+            let bundle = bundle.clone();
+            Box::new(move |_| Ok(vec!["garbage".to_owned(), bundle.clone()]))
+        }),
+        ("another key", "another key", {
+            let (ca, above, bundle, another) = (ca.clone(), above.clone(), bundle.clone(), another);
+            Box::new(move |_| Ok(vec![leaf(&ca, ID, &another, now), above.clone(), bundle.clone()]))
+        }),
+        ("another identity", "/sa/other", {
+            let (ca, above, bundle) = (ca.clone(), above.clone(), bundle.clone());
+            let id = "spiffe://cluster.local/ns/default/sa/other";
+            Box::new(move |key| Ok(vec![leaf(&ca, id, key, now), above.clone(), bundle.clone()]))
+        }),
+        ("a missing intermediate", "no path", {
+            let (own, bundle) = (own(&ca), bundle.clone());
+            Box::new(move |key| Ok(vec![own(key), bundle.clone()]))
+        }),
+        ("another's bundle", "no path", {
+            let (own, above, foreign) = (own(&ca), above.clone(), foreign.clone());
+            Box::new(move |key| Ok(vec![own(key), above.clone(), foreign.clone()]))
+        }),
+        ("another's leaf", "no path", {
+            let (own, bundle) = (own(&other), bundle.clone());
+            Box::new(move |key| Ok(vec![own(key), bundle.clone()]))
+        }),
+        ("an expired leaf", "expired", {
+            let (root, bundle) = (root.clone(), bundle.clone());
+            // The root is backdated by two minutes, and none of its leaves begins before it.
+            Box::new(move |key| {
+                let id = SpiffeId::parse(ID).unwrap();
+                let profile = Profile::Workload { id: &id, dns: &[], proved_at: None };
+                let order = Order { profile, key, lifetime: "10s".parse().unwrap() };
+                let issued = root.issue(&order, now - Duration::seconds(60), keys::serial_number().unwrap());
+                Ok(vec![Certificate::from_der(issued.unwrap().der()).unwrap().to_pem(), bundle.clone()])
+            })
+        }),
+        ("a CA", "leaf", {
+            let (root, bundle) = (root.clone(), bundle.clone());
+            Box::new(move |key| {
+                let profile = Profile::Intermediate { organization: &organization, trust_domain: &domain };
+                Ok(vec![issued(&root, profile, key, now), bundle.clone()])
+            })
+        }),
+    ];
+    for (what, part, answer) in wrong {
+        *impostor.0.lock().unwrap() = answer;
+        let before = place.everything();
+        let done = ask(&place, &address, &["--identity", ID]);
+        assert_eq!(done.code, 1, "{what}: {done:?}");
+        let line = done.one_line();
+        assert!(line.contains("nothing was written") && line.contains(part), "{what}: {line}");
+        assert!(place.everything() == before, "{what}");
+    }
+
+    // The same answers, made right.
+    let (own, above) = (own(&ca), above);
+    let two = bundle + &foreign;
+    *impostor.0.lock().unwrap() = Box::new(move |key| Ok(vec![own(key), above.clone(), two.clone()]));
+    let done = ask(&place, &address, &["--identity", ID]);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert!(done.stderr.contains("out/root-cert.pem, differs from root/root-cert.pem"), "{done:?}");
+    assert!(place.ok(&["verify", "out"]).starts_with("good: "));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_authoritys_refusals_and_silences_are_told_apart() {
+    let (place, impostor, address) = start(Box::new(|_| Err(Status::internal("CSR signing error")))).await;
+    let asked = |parts: &[&str], code: i32| {
+        let done = ask(&place, &address, &[]);
+        assert_eq!(done.code, code, "{done:?}");
+        let line = done.one_line();
+        assert!(parts.iter().all(|part| line.contains(part)), "{parts:?}: {line}");
+    };
+    // As istiod: no reason.
+    asked(&["says no: INTERNAL: CSR signing error"], 1);
+    *impostor.0.lock().unwrap() = Box::new(|_| Err(Status::unauthenticated("one\nline\u{1b}[31m")));
+    asked(&["says no: UNAUTHENTICATED: one"], 1);
+    *impostor.0.lock().unwrap() = Box::new(|_| panic!("the impostor falls over"));
+    asked(&["broke", "try again"], 2);
+    assert!(!place.path("out").exists());
+}
+
+#[test]
+fn a_server_that_speaks_tls_and_no_http2_is_told_so() {
+    let place = Place::with_ca();
+    place.write("token", "a.b.c");
+    place.ok(&["csr", "new", "--identity", ID, "--out", "serving"]);
+    place.ok(&[
+        "sign",
+        "serving/csr.pem",
+        "--authority",
+        "ca",
+        "--identity",
+        ID,
+        "--dns",
+        "localhost",
+        "--out",
+        "chain",
+    ]);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut openssl = parts::openssl();
+    openssl.args(["s_server", "-quiet", "-accept", &port.to_string(), "-cert"]).arg(place.path("chain"));
+    openssl.arg("-cert_chain").arg(place.path("chain")).arg("-key").arg(place.path("serving/key.pem"));
+    let mut server =
+        openssl.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let done = wait_for(std::time::Duration::from_secs(5), "OpenSSL", || {
+        let done = place.run(&[
+            "csr",
+            "request",
+            "--address",
+            &format!("localhost:{port}"),
+            "--roots",
+            "root/root-cert.pem",
+            "--token-file",
+            "token",
+            "--out",
+            "out",
+        ]);
+        Some(done).filter(|done| !done.stderr.contains("connection refused"))
+    });
+    let _ = server.kill();
+    let _ = server.wait();
+    assert_eq!(done.code, 2, "{done:?}");
+    assert!(done.one_line().contains("does not speak HTTP/2"), "{done:?}");
+}
