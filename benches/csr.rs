@@ -159,7 +159,7 @@ fn in_process() {
                     for n in 0..EACH {
                         let ask = Ask {
                             method: "CreateCertificate",
-                            csr: asked[n as usize % asked.len()].csr.as_bytes(),
+                            csr: Some(asked[n as usize % asked.len()].csr.as_bytes()),
                             lifetime: None,
                             wishes: Ok(Wishes::default()),
                             names_itself: false,

@@ -27,8 +27,9 @@ use crate::core::spiffe::SpiffeId;
 use crate::proto::google::rpc;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
 use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use crate::proto::mica::v1::ExplainRequest;
+pub use crate::proto::mica::v1::ExplainResponse;
 use crate::proto::mica::v1::identity_service_client::IdentityServiceClient;
-use crate::proto::mica::v1::{ExplainRequest, ExplainResponse};
 use crate::sys::files;
 use dial::Dial;
 

@@ -18,7 +18,7 @@ use crate::core::lifetime::Lifetime;
 use crate::core::policy::{self, Decision};
 use crate::core::profile::Profile;
 use crate::core::refusal::{Reason, Refusal};
-use crate::core::spiffe::{ServiceAccount, shortened};
+use crate::core::spiffe::{ServiceAccount, TrustDomain, shortened};
 use crate::sys::{clock, keys};
 
 /// What is asked for.
@@ -26,8 +26,8 @@ use crate::sys::{clock, keys};
 pub struct Ask<'a> {
     /// By which call.
     pub method: &'static str,
-    /// PEM.
-    pub csr: &'a [u8],
+    /// PEM; none to leave the key out of the question, which only an explanation does.
+    pub csr: Option<&'a [u8]>,
     /// None asks for the default.
     pub lifetime: Option<Lifetime>,
     /// What else; an error where that cannot be read, which only an authenticated caller is told.
@@ -43,6 +43,17 @@ pub struct Wishes {
     pub impersonated: Option<String>,
     /// Whether the lifetime must not be shortened for an even load.
     pub exact: bool,
+}
+
+/// What a request would be answered.
+#[derive(Clone, Debug)]
+pub struct Explained {
+    /// Who asks, if that was proved.
+    pub caller: Option<Caller>,
+    /// Whose identities are had here.
+    pub trust_domain: TrustDomain,
+    /// What would be granted, or why nothing.
+    pub verdict: Result<Decision, Refusal>,
 }
 
 /// Judges requests, and grants what may be granted.
@@ -108,31 +119,11 @@ impl Requests {
         known: &mut Option<Caller>,
     ) -> Result<Grant, Refusal> {
         let now = clock::now();
-        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
-        let caller = known.insert(caller);
-        self.lives(caller).instrument(debug_span!("liveness")).await?;
-        let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
-        let policy = self.policy.current();
-        let identity = match &wishes.impersonated {
-            None => caller.account.clone(),
-            Some(wanted) => {
-                let identity =
-                    self.impersonated(caller, wanted, policy.impersonators().contains(&caller.account));
-                identity.instrument(debug_span!("impersonation")).await?
-            }
+        let (decision, csr) = self.judge(ask, evidence, known, now).await?;
+        let (Some(caller), Some(csr)) = (known, csr) else {
+            return Err(Refusal::new(Reason::CsrMalformed, "there is no CSR"));
         };
-        let authorize = debug_span!("authorize").entered();
-        let csr = CheckedCsr::from_pem(ask.csr)?;
-        self.compare(ask, &csr, &identity)?;
-        let decision = policy.decide(&policy::Ask {
-            caller,
-            impersonated: wishes.impersonated.is_some().then_some(&identity),
-            key: Some(csr.key().kind()),
-            dns: &csr.requested().dns,
-            lifetime: ask.lifetime,
-            now,
-        })?;
-        let lifetime = self.even(&decision, wishes.exact, now)?;
+        let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now)?;
         self.tell(&decision, lifetime);
         let id = decision.account.spiffe_id(self.authority.trust_domain());
         let proved_at = match caller.proof {
@@ -147,9 +138,62 @@ impl Requests {
             source: Some(evidence.peer.source),
             trace: trace_id(evidence),
         };
-        drop(authorize);
         let _sign = debug_span!("sign").entered();
         self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
+    }
+
+    /// What [`Requests::grant`] would do, and why. Nothing is issued, and nothing booked.
+    pub async fn explain(&self, ask: &Ask<'_>, evidence: &Evidence<'_>) -> Result<Explained, Refusal> {
+        let mut caller = None;
+        let work = async {
+            let now = clock::now();
+            let judged = self.judge(ask, evidence, &mut caller, now).await;
+            judged.and_then(|(decision, _)| {
+                let usable = self.authority.issuer().usable(now);
+                usable.map_err(|fault| unusable_issuer(fault.into()))?;
+                Ok(decision)
+            })
+        };
+        let verdict = self.queue.run(self.queue.flow(evidence), work).await?;
+        let trust_domain = self.authority.trust_domain().clone();
+        Ok(Explained { caller, trust_domain, verdict })
+    }
+
+    /// Everything up to the signature.
+    async fn judge(
+        &self,
+        ask: &Ask<'_>,
+        evidence: &Evidence<'_>,
+        known: &mut Option<Caller>,
+        now: OffsetDateTime,
+    ) -> Result<(Decision, Option<CheckedCsr>), Refusal> {
+        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
+        let caller = known.insert(caller);
+        self.lives(caller).instrument(debug_span!("liveness")).await?;
+        let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
+        let policy = self.policy.current();
+        let identity = match &wishes.impersonated {
+            None => caller.account.clone(),
+            Some(wanted) => {
+                let identity =
+                    self.impersonated(caller, wanted, policy.impersonators().contains(&caller.account));
+                identity.instrument(debug_span!("impersonation")).await?
+            }
+        };
+        let _authorize = debug_span!("authorize").entered();
+        let csr = ask.csr.map(CheckedCsr::from_pem).transpose()?;
+        if let Some(csr) = &csr {
+            self.compare(ask, csr, &identity)?;
+        }
+        let decision = policy.decide(&policy::Ask {
+            caller,
+            impersonated: wishes.impersonated.is_some().then_some(&identity),
+            key: csr.as_ref().map(|csr| csr.key().kind()),
+            dns: csr.as_ref().map_or(&[], |csr| &csr.requested().dns),
+            lifetime: ask.lifetime,
+            now,
+        })?;
+        Ok((decision, csr))
     }
 
     /// The lifetime, shortened so that its renewal meets few others, unless that is not wished.

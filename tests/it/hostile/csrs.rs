@@ -3,11 +3,12 @@
 use mica::core::pem;
 
 use super::forge::{
-    BASIC_CONSTRAINTS, CHALLENGE_PASSWORD, Csr, DNS, EMAIL, EXTENDED_KEY_USAGE, IP, KEY_USAGE, PROVED_AT, SAN, UNKNOWN, URI,
-    asking, attribute, common_name, csr, extension, names, openssl_csr, requests, sequence, tlv,
+    BASIC_CONSTRAINTS, CHALLENGE_PASSWORD, Csr, DNS, EMAIL, EXTENDED_KEY_USAGE, IP, KEY_USAGE, PROVED_AT,
+    SAN, UNKNOWN, URI, asking, attribute, common_name, csr, extension, names, openssl_csr, requests,
+    sequence, tlv,
 };
-use super::{DB, Own, Row, Stage, WEB, invalid, unauthenticated};
 use super::{Answer, Expected};
+use super::{DB, Own, Row, Stage, WEB, invalid, unauthenticated};
 use crate::serve::mtls;
 use tonic::Code;
 

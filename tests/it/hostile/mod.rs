@@ -150,7 +150,11 @@ impl Stage {
             (!place.folder("shop", "gone").exists()).then_some(())
         });
         let stage = Self {
-            runtime: tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap(),
+            runtime: tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .build()
+                .unwrap(),
             address: mica.address("grpc").parse().unwrap(),
             ca: Ca::of_mica(&place),
             web: Identity::delivered(&place, "web"),
@@ -207,9 +211,11 @@ impl Stage {
                 Err(fault) => return Answer::Cut(fault),
             };
             match IstioCertificateServiceClient::new(channel).create_certificate(request).await {
-                Ok(answer) => {
-                    Answer::Issued(Issued { chain: answer.into_inner().cert_chain, spki: spki(&csr), lifetime })
-                }
+                Ok(answer) => Answer::Issued(Issued {
+                    chain: answer.into_inner().cert_chain,
+                    spki: spki(&csr),
+                    lifetime,
+                }),
                 Err(status) => answer_of(status),
             }
         })
@@ -237,7 +243,8 @@ impl Stage {
 
     async fn connect(&self, identity: Option<&Identity>, alpn: &[&[u8]]) -> Result<Channel, String> {
         let tls = Arc::new(self.tls(identity, alpn));
-        let endpoint = Endpoint::from_static("http://localhost").origin(Uri::from_static("https://localhost"));
+        let endpoint =
+            Endpoint::from_static("http://localhost").origin(Uri::from_static("https://localhost"));
         let connected = endpoint.connect_with_connector(Connector { address: self.address, tls }).await;
         connected.map_err(|fault| format!("{fault:?}"))
     }
@@ -295,9 +302,8 @@ impl Stage {
         let left = (leaf.validity.not_after - now).whole_seconds();
         let (_, parsed) = x509_parser::parse_x509_certificate(leaf.der()).unwrap();
         // Basic constraints, key usages, names, key identifiers, and Mica's own about the last proof.
-        let known = |oid: &[u8]| {
-            oid == forge::PROVED_AT || matches!(oid, [0x55, 0x1d, 19 | 15 | 37 | 17 | 14 | 35])
-        };
+        let known =
+            |oid: &[u8]| oid == forge::PROVED_AT || matches!(oid, [0x55, 0x1d, 19 | 15 | 37 | 17 | 14 | 35]);
         let usage = parsed.key_usage().unwrap().unwrap();
         let extended = parsed.extended_key_usage().unwrap().unwrap().value;
         for (holds, what) in [
@@ -315,7 +321,10 @@ impl Stage {
             (left <= allowed && left <= LONGEST, "no longer than allowed"),
             (left >= allowed / 2 - 60, "about as long as asked"),
             (leaf.validity.not_before >= now - Duration::from_secs(200), "not long before"),
-            (chain::verify(&[leaf.clone()], &bundle, None, now).is_ok(), "what the bundle vouches for"),
+            (
+                chain::verify(std::slice::from_ref(&leaf), &bundle, None, now).is_ok(),
+                "what the bundle vouches for",
+            ),
         ] {
             if !holds {
                 let oids: Vec<_> = parsed.extensions().iter().map(|it| it.oid.to_id_string()).collect();

@@ -158,7 +158,8 @@ fn call_with(stage: &Stage, alpn: &[&[u8]], change: impl FnOnce(&mut Call)) -> A
     for (name, value) in &call.headers {
         request = request.header(*name, HeaderValue::from_bytes(value.as_bytes()).unwrap());
     }
-    let trailers = call.trailers.then(|| Ok(HeaderMap::from_iter([("x-last".parse().unwrap(), "x".parse().unwrap())])));
+    let trailers =
+        call.trailers.then(|| Ok(HeaderMap::from_iter([("x-last".parse().unwrap(), "x".parse().unwrap())])));
     let body = Full::new(Bytes::from(call.body)).with_trailers(std::future::ready(trailers));
     let request = request.body(tonic::body::Body::new(body)).unwrap();
     stage.runtime.block_on(async {
@@ -250,7 +251,9 @@ fn frames(stage: &Stage, headers: &[u8]) -> Answer {
         tls.read_exact(&mut payload).unwrap();
         match (head[3], head[4] & 1 != 0) {
             (RST_STREAM | GOAWAY, _) => return Answer::Cut(format!("frame {} {payload:?}", head[3])),
-            (HEADERS, true) if data.is_empty() => return Answer::Refused(Status::unknown("without a message")),
+            (HEADERS, true) if data.is_empty() => {
+                return Answer::Refused(Status::unknown("without a message"));
+            }
             (HEADERS, true) => break,
             (DATA, _) => data.extend(payload),
             _ => {}
