@@ -51,7 +51,7 @@ impl Dial {
         Ok(Self { address: target.address.clone(), name, verifier, credential: target.credential.clone() })
     }
 
-    async fn connect(self) -> Result<TokioIo<TlsStream<TcpStream>>, Error> {
+    pub(super) async fn connect(self) -> Result<TokioIo<TlsStream<TcpStream>>, Error> {
         let address = self.address.to_string();
         let config = self.config()?;
         let slow = |what, within| Error::Slow { address: address.clone(), what, within };

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper_util::rt::TokioIo;
 use prost::Message as _;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
@@ -277,6 +278,24 @@ pub enum Credential {
     Token(PathBuf),
     /// A folder with cert-chain.pem and key.pem, read for each connection.
     Certificate(PathBuf),
+}
+
+/// Puts a load on a running Mica: the same few CSRs again and again.
+pub async fn load(target: &Target, csrs: &[String], load: &bench::Load) -> Result<bench::Outcome, Error> {
+    let dial = Dial::new(target)?;
+    let authorization = match &target.credential {
+        Credential::Token(path) => Some(bearer(path)?),
+        _ => None,
+    };
+    let authorization = authorization.and_then(|value| value.as_encoded_bytes().try_into().ok());
+    let message = |csr: &String| Wanted { csr: csr.clone(), ..Wanted::default() }.message();
+    let requests: Vec<_> = csrs.iter().map(message).collect();
+    let call = bench::Call::new(&target.address.to_string(), authorization, &requests);
+    let connect = move || {
+        let dial = dial.clone();
+        async move { dial.connect().await.map(TokioIo::into_inner).map_err(|fault| fault.to_string()) }
+    };
+    Ok(bench::put(connect, call, load).await)
 }
 
 /// What a client asks for.

@@ -119,6 +119,15 @@ pub enum Command {
         after_help = "Examples:\n  mica explain --policy policy.yaml --identity spiffe://cluster.local/ns/payments/sa/ledger --lifetime 48h\n  mica explain --data-dir .mica --token-file token --csr web/csr.pem"
     )]
     Explain(Box<Explain>),
+    /// Put a load on a running authority, and say how fast it answers
+    ///
+    /// Sends a few CSRs again and again over CreateCertificate, each answered by a certificate that nobody uses, and tells
+    /// throughput, latency and refusals, beside the floor measured on this machine: one verified and one made P-256
+    /// signature, which every certificate costs. Exits 1 if nothing was granted.
+    #[command(
+        after_help = "Examples:\n  mica bench --data-dir .mica --token-file token\n  mica bench --address ca.example.org:15012 --roots root-cert.pem --certificate /etc/certs --rate 500 --duration 1m"
+    )]
+    Bench(Bench),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
@@ -257,6 +266,29 @@ pub struct Connect {
     /// Show a certificate in TLS, as for a renewal: a folder with cert-chain.pem and key.pem
     #[arg(long, value_name = "DIR")]
     pub certificate: Option<PathBuf>,
+}
+
+/// `mica bench`.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Whom to load.
+    #[command(flatten)]
+    pub connect: Connect,
+    /// Connections that are kept
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub connections: u16,
+    /// Requests at once, over all connections
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub in_flight: u16,
+    /// How long (s, m, h)
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = lifetime)]
+    pub duration: Lifetime,
+    /// Requests a second, whatever the answers do [default: each answer makes room for the next request]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000), conflicts_with = "in_flight")]
+    pub rate: Option<u32>,
+    /// Each request on a connection of its own
+    #[arg(long, conflicts_with_all = ["connections", "rate"])]
+    pub new_connections: bool,
 }
 
 /// `mica csr request`.

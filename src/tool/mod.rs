@@ -1,6 +1,7 @@
 //! The tools: most make, read and judge offline; some ask a running authority. Each command is one function from what was
 //! typed to a [`Report`].
 
+mod bench;
 mod bundle;
 mod connect;
 mod csr;
@@ -191,6 +192,7 @@ pub fn run(command: Command) -> Option<Result<Report, Error>> {
         Command::Token(TokenCommand::New(arguments)) => token::new(&arguments),
         Command::Csr(CsrCommand::Request(arguments)) => request::request(&arguments),
         Command::Explain(arguments) => explain::explain(&arguments),
+        Command::Bench(arguments) => bench::bench(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Verify(arguments) => verify::verify(&arguments),

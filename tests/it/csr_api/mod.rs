@@ -1,5 +1,6 @@
 //! The CSR API of the built program, as its clients see it: grpcurl, one made of istio.io/api, Mica's own.
 
+mod ask;
 mod client;
 mod command;
 mod grpcurl;
