@@ -11,6 +11,7 @@ mod docs;
 mod envoy;
 mod fixtures;
 mod go_spiffe;
+mod hostile;
 mod mica;
 mod openssl;
 mod parts;
