@@ -15,13 +15,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mica::auth::{Accounts, CertificateAuthenticator, Evidence, Peer};
+use mica::auth::{Accounts, CertificateAuthenticator, Evidence, LivingPolicy, Peer};
 use mica::authority::Authority;
 use mica::client::bench::{self, Call, Load, Outcome};
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
 use mica::core::issuer::{self, Issuer};
 use mica::core::key::{KeyKind, PrivateKey};
+use mica::core::policy::Limits;
 use mica::core::profile::Profile;
 use mica::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
 use mica::core::{csr, pem};
@@ -127,11 +128,12 @@ fn in_process() {
     let account = ServiceAccount::new(NAMESPACE, ACCOUNT).unwrap();
     accounts.take(std::slice::from_ref(&account), &[], true);
     let day = "24h".parse().unwrap();
+    let limits = Limits { lifetime: day, longest: day, own_names: Vec::new() };
     let requests = Requests::new(
         authority.clone(),
-        vec![Box::new(CertificateAuthenticator::new(authority.clone()))],
+        vec![Box::new(Arc::new(CertificateAuthenticator::new(authority.clone())))],
         accounts,
-        (day, day),
+        Arc::new(LivingPolicy::open(None, limits).unwrap()),
         Queue::new(1, queue::MOST),
         Metrics::register(registry),
     );

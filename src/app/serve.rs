@@ -18,13 +18,13 @@ use super::subjects::{Followed, Subjects};
 use super::{report, tokens};
 use crate::admin;
 use crate::auth::token::Tokens;
-use crate::auth::{CertificateAuthenticator, trial};
+use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
 use crate::cluster::Cluster;
 use crate::config::cli::Output;
 use crate::config::serve::{Args, Origin, ServingName};
 use crate::core::issuer::{self, Issuer};
-use crate::core::lifetime::Lifetime;
+use crate::core::policy::{Limits, SHORTEST};
 use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
@@ -47,8 +47,6 @@ pub enum Error {
     Fault(String),
 }
 
-/// Shorter ones would be renewed more often than once in five seconds.
-const SHORTEST: Lifetime = Lifetime::from_secs(10);
 /// A brought issuer whose time has not come is tried this often.
 const EARLY: Duration = Duration::from_secs(15);
 /// Who holds the data folder.
@@ -68,18 +66,29 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
     }
     FolderSink::check_mode(args.secrets_mode).map_err(usage)?;
     args.origin().map_err(usage)?;
+    let own_names = args.dns_names.iter().map(ToString::to_string).collect();
+    let limits = Limits { lifetime: args.ttl, longest: args.max_ttl, own_names };
+    let policy = LivingPolicy::open(args.policy.as_deref(), limits).map_err(usage)?;
     telemetry::start(args.log_format, args.log_level);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| Error::Fault(format!("cannot start the runtime: {e}")))?;
-    let ended = runtime.block_on(start(args, output));
+    let ended = runtime.block_on(start(Typed { args, policy: Arc::new(policy), output }));
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
 
-async fn start(args: Args, output: Output) -> Result<(), Error> {
+/// What was typed, and what it names.
+struct Typed {
+    args: Args,
+    policy: Arc<LivingPolicy>,
+    output: Output,
+}
+
+async fn start(typed: Typed) -> Result<(), Error> {
+    let args = &typed.args;
     // First of all, so that a signal never finds the default, which is to die on the spot.
     let signals = Signals {
         terminate: signal(SignalKind::terminate()).map_err(fault)?,
@@ -103,20 +112,19 @@ async fn start(args: Args, output: Output) -> Result<(), Error> {
     match &args.authority {
         None => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
-            run_with(args, output, data, subjects, store, signals).await
+            run_with(typed, data, subjects, store, signals).await
         }
         Some(folder) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
             let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
-            run_with(args, output, data, subjects, store, signals).await
+            run_with(typed, data, subjects, store, signals).await
         }
     }
 }
 
 async fn run_with(
-    args: Args,
-    output: Output,
+    Typed { args, policy, output }: Typed,
     data: Dir,
     subjects: Subjects,
     mut store: impl AuthorityStore + 'static,
@@ -131,13 +139,20 @@ async fn run_with(
     let mut registry = Registry::default();
     authority.register(&mut registry);
     let csr_metrics = serve::Metrics::register(&mut registry);
+    policy.register(&mut registry);
     let queue = Queue::new(Handle::current().metrics().num_workers(), queue::MOST);
     queue.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
+    let tokens =
+        Tokens::new(subjects.cluster().map(|cluster| tokens::review(&args, cluster, policy.clone())));
+    tokens.register(&mut registry);
+    if subjects.cluster().is_none() {
+        tokens.take(tokens::issuers(&args, &data).await?);
+    }
     let mut tasks = JoinSet::new();
     let Followed { liveness, first, reported, events } =
-        subjects.follow(&args, &data, &authority, &mut registry, &stopped, &mut tasks)?;
+        subjects.follow(&args, &data, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
@@ -158,20 +173,27 @@ async fn run_with(
             }
         })
     };
-    let tokens = Tokens::new(None);
-    tokens.take(tokens::issuers(&args, &data).await?);
-    tokens.register(&mut registry);
+    let by_certificate = Arc::new(CertificateAuthenticator::new(authority.clone()));
+    let forwarders = policy.clone();
+    let forwarded = ForwardedAuthenticator::new(
+        by_certificate.clone(),
+        Box::new(move |proxy| forwarders.current().is_forwarder(proxy)),
+        authority.trust_domain().clone(),
+    );
     let requests = Arc::new(Requests::new(
         authority.clone(),
-        vec![Box::new(tokens.clone()), Box::new(CertificateAuthenticator::new(authority.clone()))],
+        vec![Box::new(tokens.clone()), Box::new(forwarded), Box::new(by_certificate)],
         liveness,
-        (args.ttl, args.max_ttl),
+        policy.clone(),
         queue,
         csr_metrics,
     ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
 
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    let (said, taken) = (policy.clone(), tokens.clone());
+    tasks.spawn(until(stopping(), async move { tokens::follow_policy(&said, &taken).await }));
+    tasks.spawn(until(stopping(), async move { policy.follow().await }));
     tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));

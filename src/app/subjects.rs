@@ -11,8 +11,9 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::report;
 use super::serve::{Error, stopping, until, usage};
+use super::{report, tokens};
+use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness};
 use crate::authority::Authority;
 use crate::cluster::{Cluster, Objects};
@@ -56,11 +57,21 @@ pub(super) enum First {
 }
 
 impl Subjects {
+    /// The cluster that they are in.
+    pub(super) fn cluster(&self) -> Option<&Cluster> {
+        match self {
+            Self::Folder { .. } => None,
+            Self::Cluster(cluster) => Some(cluster),
+        }
+    }
+
     /// Starts what follows them.
+    #[expect(clippy::too_many_arguments, reason = "called once, by what has them all")]
     pub(super) fn follow(
         self,
         args: &Args,
         data: &Dir,
+        tokens: &Arc<Tokens>,
         authority: &Arc<Authority>,
         registry: &mut Registry,
         stopped: &watch::Receiver<bool>,
@@ -70,7 +81,7 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => Ok(follow_cluster(&cluster, stopped, tasks)),
+            Self::Cluster(cluster) => Ok(follow_cluster(args, cluster, tokens, registry, stopped, tasks)),
         }
     }
 }
@@ -128,11 +139,15 @@ fn follow_folder(
 }
 
 fn follow_cluster(
-    cluster: &Cluster,
+    args: &Args,
+    cluster: Cluster,
+    tokens: &Arc<Tokens>,
+    registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
-    let objects = Arc::new(Objects::new(cluster));
+    let objects = Arc::new(Objects::new(&cluster));
+    objects.register(registry);
     let (events, mut inbox) = mpsc::channel(EVENTS);
     // Nobody has anything delivered that a new issuer would have to replace.
     tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));
@@ -140,13 +155,20 @@ fn follow_cluster(
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
     let (told, first) = oneshot::channel();
     let (reported, is_reported) = oneshot::channel();
-    let (place, known) = (cluster.place().to_owned(), objects.clone());
+    let (place, known, settled) = (cluster.place().to_owned(), objects.clone(), tokens.clone());
     tasks.spawn(until(stopping(stopped), async move {
-        known.completed().await;
+        tokio::join!(known.completed(), settled.settled());
         let _ = told.send(First::Known(place));
         let _ = is_reported.await;
         std::future::pending().await
     }));
+    let (stop, args, tokens) = (stopping(stopped), args.clone(), tokens.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            () = stop => Ok(()),
+            ended = tokens::follow(&args, cluster, &tokens) => ended,
+        }
+    });
     Followed { liveness: objects, first, reported, events }
 }
 

@@ -54,7 +54,7 @@ impl CertificateAuthenticator {
     }
 }
 
-impl Authenticator for CertificateAuthenticator {
+impl Authenticator for Arc<CertificateAuthenticator> {
     fn applies(&self, evidence: &Evidence<'_>) -> bool {
         !evidence.peer.certificates.is_empty()
     }

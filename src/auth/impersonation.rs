@@ -14,20 +14,22 @@ pub struct Impersonation<'a> {
     pub liveness: &'a dyn Liveness,
     /// The only one whose identities can be had.
     pub trust_domain: &'a TrustDomain,
-    /// Who may ask for others.
-    pub impersonators: &'a [ServiceAccount],
+    /// Whether policy lets the caller ask for others.
+    pub is_impersonator: bool,
 }
 
 impl std::fmt::Debug for Impersonation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Impersonation").field("impersonators", &self.impersonators).finish_non_exhaustive()
+        f.debug_struct("Impersonation")
+            .field("is_impersonator", &self.is_impersonator)
+            .finish_non_exhaustive()
     }
 }
 
 impl Impersonation<'_> {
     /// The account whose certificate the caller gets, when it asks for the identity `wanted`.
     ///
-    /// The caller is one of the impersonators and proves itself by a token that is bound to a pod of its own, which runs on
+    /// The caller may ask for others and proves itself by a token that is bound to a pod of its own, which runs on
     /// the node that the token names; and on that very node runs a pod of the account that is asked for. Running means
     /// neither failed nor succeeded. The caller's own account and pod have been found alive before.
     pub async fn judge(&self, caller: &Caller, wanted: &str) -> Result<ServiceAccount, Refusal> {
@@ -37,7 +39,7 @@ impl Impersonation<'_> {
             return Err(Refusal::new(Reason::ImpersonatorUnbound, sentence)
                 .with_detail(format!("the proof is {}", caller.proof.name())));
         };
-        if !self.impersonators.contains(&caller.account) {
+        if !self.is_impersonator {
             let sentence = format!("{} may not ask for the identity of others", caller.account);
             return Err(Refusal::new(Reason::ImpersonatorUnknown, sentence));
         }
@@ -173,7 +175,7 @@ mod tests {
             nodes: cluster,
             liveness: cluster,
             trust_domain: &trust_domain,
-            impersonators: &[ServiceAccount::new("mesh", "other").unwrap(), ztunnel()],
+            is_impersonator: caller.account == ztunnel(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(impersonation.judge(caller, wanted)).map_err(|refusal| refusal.reason)

@@ -155,6 +155,8 @@ impl LiveKeys {
 
     /// Looks for ever. Whoever waits for a look is served by this task alone, so that a caller who hangs up ends none.
     pub async fn keep(&self) {
+        // A keeper before this one may have ended in the middle of a look.
+        self.looks().under_way = false;
         loop {
             let known = self.known();
             let pause = match (&known.seen_at, &known.fault) {

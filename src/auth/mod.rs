@@ -11,6 +11,7 @@ mod forwarded;
 mod impersonation;
 pub mod keys;
 pub mod oidc;
+mod policy;
 pub mod token;
 pub mod trial;
 
@@ -30,6 +31,7 @@ pub use accounts::Accounts;
 pub use certificate::CertificateAuthenticator;
 pub use forwarded::{ForwardedAuthenticator, Trusted};
 pub use impersonation::Impersonation;
+pub use policy::LivingPolicy;
 
 /// An answer that may have to be waited for.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

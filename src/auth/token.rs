@@ -86,7 +86,17 @@ pub struct Tokens {
 struct Issuers {
     /// Another number for each other list.
     edition: u64,
+    /// Of service accounts; none while it is not known whose those are.
+    own: Option<Vec<Arc<Issuer>>>,
+    mapped: Vec<Arc<Issuer>>,
     all: Vec<Arc<Issuer>>,
+}
+
+impl Issuers {
+    fn new(before: &Self, own: Option<Vec<Arc<Issuer>>>, mapped: Vec<Arc<Issuer>>) -> Self {
+        let all = own.iter().flatten().chain(&mapped).cloned().collect();
+        Self { edition: before.edition + 1, own, mapped, all }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -95,7 +105,7 @@ struct Check {
 }
 
 impl Tokens {
-    /// Takes no issuer's tokens yet.
+    /// Does not know yet whose tokens to take.
     pub fn new(review: Option<Review>) -> Arc<Self> {
         Arc::new(Self {
             issuers: ArcSwap::default(),
@@ -106,12 +116,32 @@ impl Tokens {
         })
     }
 
-    /// Takes the tokens of these issuers from now on. What was found out about others is forgotten. Of two with the same
-    /// name the first counts.
-    pub fn take(&self, issuers: Vec<Arc<Issuer>>) {
-        let edition = self.issuers.load().edition + 1;
-        self.issuers.store(Arc::new(Issuers { edition, all: issuers }));
+    /// Takes the tokens of these issuers of service accounts from now on. What was found out about others is forgotten. Of
+    /// two with the same name the first counts.
+    pub fn take(&self, own: Vec<Arc<Issuer>>) {
+        self.issuers.rcu(|now| Issuers::new(now, Some(own.clone()), now.mapped.clone()));
         self.taken.send_replace(());
+    }
+
+    /// The same for those issuers whose subjects stand for accounts. One that is also an issuer of service accounts counts
+    /// as that.
+    pub fn take_mapped(&self, mapped: Vec<Arc<Issuer>>) {
+        self.issuers.rcu(|now| Issuers::new(now, now.own.clone(), mapped.clone()));
+        self.taken.send_replace(());
+    }
+
+    /// The issuers whose subjects stand for accounts.
+    pub fn mapped(&self) -> Vec<Arc<Issuer>> {
+        self.issuers.load().mapped.clone()
+    }
+
+    /// Waits until it is known whose tokens are taken.
+    pub async fn settled(&self) {
+        let mut taken = self.taken.subscribe();
+        while self.issuers.load().own.is_none() {
+            // The sender lives as long as this.
+            let _ = taken.changed().await;
+        }
     }
 
     /// Keeps the keys of the issuers up to date, and memory free of what is over, for ever.
@@ -158,7 +188,7 @@ impl Tokens {
             return Ok(caller);
         }
         let token = Token::read(text)?;
-        let issuer = chosen(&issuers.all, &token)?;
+        let issuer = chosen(&issuers, &token)?;
         let (claims, generation) = verified(issuer, token).await?;
         let expires = claims.check(&issuer.audience, now)?;
         let caller = match &issuer.subjects {
@@ -264,18 +294,23 @@ fn bearer(metadata: &MetadataMap) -> Result<&str, Refusal> {
     }
 }
 
-fn chosen<'a>(issuers: &'a [Arc<Issuer>], token: &Token<'_>) -> Result<&'a Arc<Issuer>, Refusal> {
-    if issuers.is_empty() {
+fn chosen<'a>(issuers: &'a Issuers, token: &Token<'_>) -> Result<&'a Arc<Issuer>, Refusal> {
+    let all = &issuers.all;
+    if all.is_empty() && issuers.own.is_some() {
         let sentence = "tokens are not taken here: no issuer of them is set up";
         return Err(Refusal::new(Reason::CredentialUnsupported, sentence));
     }
     let name = token.issuer()?;
-    issuers.iter().find(|issuer| *issuer.name == *name).ok_or_else(|| {
+    all.iter().find(|issuer| *issuer.name == *name).ok_or_else(|| {
+        if issuers.own.is_none() {
+            let sentence = "whose tokens are taken is not known yet; try again";
+            return Refusal::new(Reason::VerifierUnavailable, sentence);
+        }
         let sentence = format!(
             "the token is of the issuer {:?}, whose tokens are not taken here",
             one_line(&shortened(name))
         );
-        let known: Vec<_> = issuers.iter().map(|issuer| &*issuer.name).collect();
+        let known: Vec<_> = all.iter().map(|issuer| &*issuer.name).collect();
         Refusal::new(Reason::TokenIssuer, sentence)
             .with_detail(format!("taken are those of {}", known.join(", ")))
     })
@@ -572,7 +607,8 @@ mod tests {
         let (tokens, source) = with(None, &one).await;
         *source.set.lock().unwrap() = trial::jwks(two.public());
         let keeper = tokens.clone();
-        let keeper = tokio::spawn(async move { keeper.keep().await });
+        let mut keepers = JoinSet::new();
+        keepers.spawn(async move { keeper.keep().await });
         let token = made(&two, "web", 1);
         // Just looked.
         assert_eq!(judged(&tokens, &token, NOW).await, Err(Reason::TokenKeyUnknown));
@@ -597,7 +633,6 @@ mod tests {
         *source.set.lock().unwrap() = trial::jwks(two.public());
         tokio::time::sleep(Duration::from_secs(11)).await;
         judged(&tokens, &token, NOW).await.unwrap();
-        keeper.abort();
     }
 
     /// An API server that says what it is told to.
@@ -685,7 +720,8 @@ mod tests {
         let issuers = oidc::issuers(policy.oidc(), &[]);
         issuers[0].keys.look().await.unwrap();
         let tokens = Tokens::new(None);
-        tokens.take(issuers.clone());
+        assert_eq!(judged(&tokens, &made(&key, "web", 1), NOW).await, Err(Reason::VerifierUnavailable));
+        tokens.take_mapped(issuers.clone());
         for _ in 0..2 {
             let caller = judged(&tokens, &made(&key, "web", 1), NOW).await.unwrap();
             assert_eq!(caller.account, ServiceAccount::new("prod", "web").unwrap());
@@ -694,6 +730,11 @@ mod tests {
         for name in ["web2", "we", "w.eb"] {
             assert_eq!(judged(&tokens, &made(&key, name, 1), NOW).await, Err(Reason::TokenSubject), "{name}");
         }
+        assert_eq!(tokens.mapped().len(), 1);
+        tokens.take(Vec::new());
+        judged(&tokens, &made(&key, "web", 1), NOW).await.unwrap();
+        tokens.take_mapped(Vec::new());
+        assert_eq!(judged(&tokens, &made(&key, "web", 1), NOW).await, Err(Reason::CredentialUnsupported));
         // The keys are the same ones after a change of the policy, and are not of another source.
         let again = oidc::issuers(policy.oidc(), &issuers);
         assert!(Arc::ptr_eq(&again[0].keys, &issuers[0].keys));

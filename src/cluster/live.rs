@@ -12,6 +12,7 @@ use tokio::sync::{OnceCell, Semaphore};
 use tokio::time::Instant;
 
 use super::known::Facts;
+use super::metrics::Metrics;
 use super::seen::Seen;
 use super::{PATIENCE, said};
 use crate::core::spiffe::ServiceAccount;
@@ -49,13 +50,14 @@ type Asked = OnceCell<(Instant, Found)>;
 /// Asks the API server.
 pub(super) struct Live {
     client: Client,
+    metrics: Metrics,
     places: Semaphore,
     asked: Mutex<HashMap<Question, Arc<Asked>>>,
 }
 
 impl Live {
-    pub(super) fn new(client: Client) -> Self {
-        Self { client, places: Semaphore::new(PLACES), asked: Mutex::default() }
+    pub(super) fn new(client: Client, metrics: Metrics) -> Self {
+        Self { client, metrics, places: Semaphore::new(PLACES), asked: Mutex::default() }
     }
 
     pub(super) async fn ask(&self, question: Question) -> Found {
@@ -67,7 +69,9 @@ impl Live {
                 self.read(&question).await.map_err(|fault| said(&fault))
             });
             let late = |_| Err(format!("no answer within {} seconds", PATIENCE.as_secs()));
-            (Instant::now(), found.await.unwrap_or_else(late))
+            let found = found.await.unwrap_or_else(late);
+            self.metrics.read(&found);
+            (Instant::now(), found)
         });
         answered.await.1.clone()
     }
@@ -125,5 +129,81 @@ impl Live {
                 })
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::Router;
+    use axum::http::StatusCode;
+    use tokio::task::JoinSet;
+
+    use super::*;
+    use crate::cluster::Cluster;
+
+    /// Asks an API server that has nothing, takes a while to say so, and counts how often it is asked.
+    async fn live(tasks: &mut JoinSet<()>) -> (Arc<Live>, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = count.clone();
+        let nothing = move || {
+            counted.fetch_add(1, Ordering::SeqCst);
+            async {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let status = r#"{"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}"#;
+                (StatusCode::NOT_FOUND, status)
+            }
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tasks.spawn(async move { axum::serve(listener, Router::new().fallback(nothing)).await.unwrap() });
+        let cluster = Cluster::new(kube::Config::new(url.parse().unwrap())).unwrap();
+        (Arc::new(Live::new(cluster.client.clone(), Metrics::default())), count)
+    }
+
+    fn question(n: usize) -> Question {
+        Question::Account(ServiceAccount::new("shop", &format!("a{n}")).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_a_moment_ago_is_not_asked_again() {
+        let mut tasks = JoinSet::new();
+        let (live, count) = live(&mut tasks).await;
+        let mut asking = JoinSet::new();
+        for n in 0..100 {
+            let live = live.clone();
+            asking.spawn(async move { live.ask(question(n % 2)).await });
+        }
+        for found in asking.join_all().await {
+            assert_eq!(found, Ok(None));
+        }
+        assert_eq!(live.ask(question(0)).await, Ok(None));
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+        tokio::time::sleep(MOMENT).await;
+        assert_eq!(live.ask(question(0)).await, Ok(None));
+        assert_eq!(count.load(Ordering::SeqCst), 3);
+    }
+
+    #[tokio::test]
+    async fn who_goes_away_before_the_answer_leaves_the_question_to_the_next() {
+        let mut tasks = JoinSet::new();
+        let (live, count) = live(&mut tasks).await;
+        let mut asking = Box::pin(live.ask(question(0)));
+        assert!(tokio::time::timeout(Duration::from_millis(20), &mut asking).await.is_err());
+        drop(asking);
+        assert_eq!(live.ask(question(0)).await, Ok(None));
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn questions_have_an_end_and_those_of_before_make_room() {
+        let mut tasks = JoinSet::new();
+        let (live, _) = live(&mut tasks).await;
+        let cells: Vec<_> = (0..QUESTIONS).map(|n| live.cell(&question(n)).unwrap()).collect();
+        assert!(live.ask(question(QUESTIONS)).await.unwrap_err().contains("too many"));
+        drop(cells);
+        assert_eq!(live.ask(question(QUESTIONS)).await, Ok(None));
+        assert_eq!(live.asked.lock().unwrap().len(), 1);
     }
 }

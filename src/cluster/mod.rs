@@ -2,6 +2,7 @@
 
 mod known;
 mod live;
+mod metrics;
 mod objects;
 mod review;
 mod seen;
@@ -164,19 +165,20 @@ async fn in_time<T>(asked: impl Future<Output = kube::Result<T>>) -> Result<T, S
     }
 }
 
-/// What went wrong, in one line, the causes with it: the outermost error alone says only that something did.
+/// What went wrong, in one line: the API server's own words where it has said something, else all causes, since the
+/// outermost error alone says only that there was one.
 fn said(fault: &(dyn std::error::Error + 'static)) -> String {
-    if let Some(kube::Error::Api(status)) = fault.downcast_ref() {
-        return format!("{} ({})", status.message, status.code);
-    }
     let mut text = fault.to_string();
-    let mut cause = fault.source();
-    while let Some(below) = cause {
-        let more = below.to_string();
+    let mut next = Some(fault);
+    while let Some(cause) = next {
+        if let Some(kube::Error::Api(status)) = cause.downcast_ref() {
+            return format!("{} ({})", status.message, status.code);
+        }
+        let more = cause.to_string();
         if !text.contains(&more) {
             text = format!("{text}: {more}");
         }
-        cause = below.source();
+        next = cause.source();
     }
     text
 }

@@ -12,6 +12,7 @@ use tokio_stream::StreamExt as _;
 use super::Cluster;
 use super::known::{Accounts, Facts, Memory, NodeNames, Pods, Which};
 use super::live::{Live, Question};
+use super::metrics::Metrics;
 use super::seen::Seen;
 use crate::auth::{Answer, Life, Liveness, Nodes};
 use crate::core::caller::Object;
@@ -29,25 +30,27 @@ pub struct Objects {
     pods: Kept<Pods>,
     nodes: Kept<NodeNames>,
     nodes_wanted: Notify,
+    metrics: Metrics,
 }
 
 impl std::fmt::Debug for Objects {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let lengths = (self.accounts.read().len(), self.pods.read().len(), self.nodes.read().len());
-        write!(f, "Objects{lengths:?}")
+        write!(f, "Objects {:?}", self.counts())
     }
 }
 
 impl Objects {
     /// Knows nothing yet.
     pub fn new(cluster: &Cluster) -> Self {
+        let metrics = Metrics::default();
         Self {
             client: cluster.client.clone(),
-            live: Live::new(cluster.client.clone()),
+            live: Live::new(cluster.client.clone(), metrics.clone()),
             accounts: Kept::default(),
             pods: Kept::default(),
             nodes: Kept::default(),
             nodes_wanted: Notify::new(),
+            metrics,
         }
     }
 
@@ -68,8 +71,22 @@ impl Objects {
         }
     }
 
+    /// How many are known, by resource.
+    pub(super) fn counts(&self) -> [(&'static str, usize); 3] {
+        [
+            ("serviceaccounts", self.accounts.read().len()),
+            ("pods", self.pods.read().len()),
+            ("nodes", self.nodes.read().len()),
+        ]
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     async fn watch<M: Memory>(&self, kept: &Kept<M>) {
         let what = M::Kind::plural(&());
+        self.metrics.watched(&what);
         let api: Api<Seen<M::Kind>> = Api::all(self.client.clone());
         let mut events = pin!(watcher(api, watcher::Config::default()).default_backoff());
         let mut fresh = M::default();
@@ -85,6 +102,7 @@ impl Objects {
                 Ok(Event::Apply(seen)) => kept.write().apply(&seen),
                 Ok(Event::Delete(seen)) => kept.write().delete(&seen),
                 Err(fault) => {
+                    self.metrics.watch_failed(&what);
                     let fault = super::said(&fault);
                     tracing::warn!(%what, fault, "watching the API server failed; it is tried again, and what is known stays");
                 }

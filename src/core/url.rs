@@ -74,6 +74,11 @@ impl FromStr for Url {
         if authority.host().is_empty() {
             return Err(Error::Form(written(), "it has no host".to_owned()));
         }
+        // The parser passes over what follows the bracket of an address.
+        let port = authority.port().map(|port| format!(":{port}")).unwrap_or_default();
+        if format!("{}{port}", authority.host()) != authority.as_str() {
+            return Err(Error::Form(written(), "its host is neither a name nor an address".to_owned()));
+        }
         match scheme {
             "https" => {}
             "http" if is_local(&uri) => {}
@@ -126,6 +131,8 @@ mod tests {
             "http://127.0.0.1.example.org/",
             "http://localhost.example.org/",
             "http://[::2]/",
+            "http://[::1].example.org/",
+            "http://[::1]example.org:80/",
             "http://0.0.0.0/",
             "http://2130706433/",
             "http://10.0.0.1/",

@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::core::policy;
 use crate::core::refusal::{Code, Reason, Refusal};
 use crate::telemetry::Unsuffixed;
 
@@ -32,6 +33,11 @@ struct Method {
     method: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LeftOut {
+    reason: &'static str,
+}
+
 /// Counters of the CSR services.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -39,6 +45,7 @@ pub struct Metrics {
     refused: Family<Refused, Counter>,
     duration: Family<Method, Histogram>,
     other_identities: Counter,
+    left_out: Family<LeftOut, Counter>,
     asked: Unsuffixed,
     unauthenticated: Unsuffixed,
     unreadable: Unsuffixed,
@@ -53,6 +60,7 @@ impl Metrics {
             refused: Family::default(),
             duration: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
             other_identities: Counter::default(),
+            left_out: Family::default(),
             asked: Unsuffixed::default(),
             unauthenticated: Unsuffixed::default(),
             unreadable: Unsuffixed::default(),
@@ -78,6 +86,14 @@ impl Metrics {
             "mica_requests_for_another_identity",
             "Requests whose CSR named another identity than the caller's, which got its own",
             metrics.other_identities.clone(),
+        );
+        for why in policy::LeftOut::ALL {
+            drop(metrics.left_out.get_or_create(&LeftOut { reason: why.name() }));
+        }
+        registry.register(
+            "mica_dns_names_left_out",
+            "DNS names that CSRs asked for and that policy does not grant, by reason",
+            metrics.left_out.clone(),
         );
         registry.register(
             "citadel_server_csr_count",
@@ -133,5 +149,9 @@ impl Metrics {
 
     pub(super) fn another_identity(&self) {
         self.other_identities.inc();
+    }
+
+    pub(super) fn left_out(&self, reason: &'static str) {
+        self.left_out.get_or_create(&LeftOut { reason }).inc();
     }
 }

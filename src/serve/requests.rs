@@ -1,6 +1,6 @@
 //! Requests for certificates, whichever protocol they came by: who asks, may they, and then the authority's one door.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -8,16 +8,18 @@ use tracing::{Instrument as _, debug_span};
 
 use super::metrics::Metrics;
 use super::queue::Queue;
-use crate::auth::{Authenticator, Evidence, Life, Liveness};
+use crate::auth::{Authenticator, Evidence, Life, Liveness, LivingPolicy};
 use crate::authority::{self, Authority, Cause, Grant};
+use crate::core::calendar::{Calendar, Spread};
 use crate::core::caller::{Caller, Object, Proof};
-use crate::core::csr::{self, CheckedCsr};
+use crate::core::csr::CheckedCsr;
 use crate::core::issuer::{self, Order};
 use crate::core::lifetime::Lifetime;
+use crate::core::policy::{self, Decision};
 use crate::core::profile::Profile;
 use crate::core::refusal::{Reason, Refusal};
-use crate::core::spiffe::ServiceAccount;
-use crate::sys::clock;
+use crate::core::spiffe::{ServiceAccount, shortened};
+use crate::sys::{clock, keys};
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -48,7 +50,8 @@ pub struct Requests {
     authority: Arc<Authority>,
     authenticators: Vec<Box<dyn Authenticator>>,
     liveness: Arc<dyn Liveness>,
-    limits: (Lifetime, Lifetime),
+    policy: Arc<LivingPolicy>,
+    calendar: Mutex<Calendar>,
     queue: Queue,
     pub(super) metrics: Metrics,
 }
@@ -59,11 +62,12 @@ impl Requests {
         authority: Arc<Authority>,
         authenticators: Vec<Box<dyn Authenticator>>,
         liveness: Arc<dyn Liveness>,
-        limits: (Lifetime, Lifetime),
+        policy: Arc<LivingPolicy>,
         queue: Queue,
         metrics: Metrics,
     ) -> Self {
-        Self { authority, authenticators, liveness, limits, queue, metrics }
+        let calendar = Mutex::default();
+        Self { authority, authenticators, liveness, policy, calendar, queue, metrics }
     }
 
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
@@ -106,22 +110,27 @@ impl Requests {
         let caller = known.insert(caller);
         self.lives(caller).instrument(debug_span!("liveness")).await?;
         let authorize = debug_span!("authorize").entered();
-        let identity = self.identity(caller, ask.wishes.as_ref().map_err(Clone::clone)?)?;
-        let csr = CheckedCsr::from_pem(ask.csr).map_err(unusable_csr)?;
+        let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
+        let identity = self.identity(caller, wishes)?;
+        let csr = CheckedCsr::from_pem(ask.csr)?;
         self.compare(ask, &csr, &identity)?;
-        let (default, longest) = self.limits;
-        let lifetime = ask.lifetime.unwrap_or(default);
-        if lifetime > longest {
-            let sentence = format!("a lifetime of {lifetime} was asked for; the longest is {longest}");
-            return Err(Refusal::new(Reason::LifetimeTooLong, sentence));
-        }
-        let id = identity.spiffe_id(self.authority.trust_domain());
+        let decision = self.policy.current().decide(&policy::Ask {
+            caller,
+            impersonated: wishes.impersonated.is_some().then_some(&identity),
+            key: Some(csr.key().kind()),
+            dns: &csr.requested().dns,
+            lifetime: ask.lifetime,
+            now,
+        })?;
+        let lifetime = self.even(&decision, wishes.exact, now)?;
+        self.tell(&decision, lifetime);
+        let id = decision.account.spiffe_id(self.authority.trust_domain());
         let proved_at = match caller.proof {
             Proof::Certificate { proved_at } => Some(proved_at),
             _ => None,
         };
-        let order =
-            Order { profile: Profile::Workload { id: &id, dns: &[], proved_at }, key: csr.key(), lifetime };
+        let profile = Profile::Workload { id: &id, dns: &decision.dns, proved_at };
+        let order = Order { profile, key: csr.key(), lifetime };
         let cause = Cause {
             why: "request",
             authenticator: Some(caller.proof.name()),
@@ -131,6 +140,26 @@ impl Requests {
         drop(authorize);
         let _sign = debug_span!("sign").entered();
         self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
+    }
+
+    /// The lifetime, shortened so that its renewal meets few others, unless that is not wished.
+    fn even(&self, decision: &Decision, exact: bool, now: OffsetDateTime) -> Result<Lifetime, Refusal> {
+        let spread = if exact { Spread::NONE } else { decision.spread };
+        let draw = keys::random_bytes().map_err(|fault| unusable_issuer(fault.into()))?;
+        let mut calendar = self.calendar.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(calendar.book(now, decision.lifetime.value, spread, u64::from_ne_bytes(draw)))
+    }
+
+    fn tell(&self, decision: &Decision, lifetime: Lifetime) {
+        let (account, from) = (&decision.account, &decision.lifetime.origin);
+        tracing::debug!(%account, lifetime = %decision.lifetime.value, from = from.located(), granted = %lifetime, "lifetime");
+        for (_, why) in &decision.left_out {
+            self.metrics.left_out(why.name());
+        }
+        if let Some((name, why)) = decision.left_out.first() {
+            let (count, name) = (decision.left_out.len(), shortened(name));
+            tracing::info!(%account, count, name, why = why.name(), "DNS names that the CSR asks for are left out");
+        }
     }
 
     /// Who is asking.
@@ -239,17 +268,6 @@ fn trace_id<'a>(evidence: &Evidence<'a>) -> Option<&'a str> {
 fn unknown(what: &str, why: String) -> Refusal {
     let sentence = format!("whether {what} lives cannot be known now; try again");
     Refusal::new(Reason::LivenessUnknown, sentence).with_detail(why)
-}
-
-fn unusable_csr(fault: csr::Error) -> Refusal {
-    let reason = match &fault {
-        csr::Error::Signature => Reason::CsrSignature,
-        csr::Error::Ca => Reason::CsrCa,
-        csr::Error::Uris(_) => Reason::CsrUris,
-        csr::Error::Key(_) => Reason::KeyRefused,
-        _ => Reason::CsrMalformed,
-    };
-    Refusal::new(reason, fault.to_string())
 }
 
 fn unusable_issuer(fault: authority::Error) -> Refusal {

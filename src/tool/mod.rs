@@ -4,6 +4,7 @@
 mod bundle;
 mod connect;
 mod csr;
+mod explain;
 mod inspect;
 mod intermediate;
 mod reference;
@@ -189,6 +190,7 @@ pub fn run(command: Command) -> Option<Result<Report, Error>> {
         Command::Csr(CsrCommand::New(arguments)) => csr::new(&arguments),
         Command::Token(TokenCommand::New(arguments)) => token::new(&arguments),
         Command::Csr(CsrCommand::Request(arguments)) => request::request(&arguments),
+        Command::Explain(arguments) => explain::explain(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Verify(arguments) => verify::verify(&arguments),

@@ -11,8 +11,8 @@ use clap::CommandFactory as _;
 use mica::config::cli::Cli;
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 
-use crate::parts;
 use crate::serve::{self, mtls, wait_for};
+use crate::{cluster, parts};
 
 fn checkout() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -157,6 +157,9 @@ fn every_metric_is_documented_as_it_is() {
         found.entry(name).or_insert(family);
     }
     mica.stop();
+    for (name, family) in families(&cluster::metrics_page()) {
+        found.entry(name).or_insert(family);
+    }
     let documented: BTreeMap<_, _> = rows(&read("docs/metrics.md"))
         .into_iter()
         .filter(|(_, cells)| cells.len() > 6)

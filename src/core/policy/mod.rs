@@ -21,6 +21,7 @@ use super::lifetime::{Lifetime, shown};
 use super::profile::DnsName;
 use super::refusal::{Reason, Refusal};
 use super::spiffe::{ServiceAccount, SpiffeId, shortened};
+use super::url::Url;
 use dns::Pattern;
 use file::File;
 
@@ -121,8 +122,8 @@ pub struct Ask<'a> {
     pub key: Option<KeyKind>,
     /// The DNS names in the CSR.
     pub dns: &'a [String],
-    /// The lifetime in seconds; 0 or less asks for the default.
-    pub seconds: i64,
+    /// The lifetime; none asks for the default.
+    pub lifetime: Option<Lifetime>,
     /// The time.
     pub now: OffsetDateTime,
 }
@@ -160,6 +161,9 @@ pub enum LeftOut {
 }
 
 impl LeftOut {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::NotGranted, Self::Own, Self::Malformed, Self::TooMany];
+
     /// Its label.
     pub fn name(self) -> &'static str {
         match self {
@@ -216,7 +220,7 @@ pub struct Policy {
     all: Rules,
     namespaces: HashMap<Arc<str>, Rules>,
     accounts: HashMap<ServiceAccount, Rules>,
-    impersonators: HashSet<ServiceAccount>,
+    impersonators: Vec<ServiceAccount>,
     forwarders: HashSet<SpiffeId>,
     oidc: Vec<OidcIssuer>,
     /// In lower case.
@@ -272,9 +276,9 @@ impl Policy {
             let resolved = above.with(&rules.value, &Scope::Account(account.clone()))?;
             accounts.insert(account, resolved);
         }
-        let mut impersonators = HashSet::new();
+        let mut impersonators = Vec::new();
         for name in &file.impersonators {
-            impersonators.insert(account(&name.value).map_err(|reason| Error::at(name, reason))?);
+            impersonators.push(account(&name.value).map_err(|reason| Error::at(name, reason))?);
         }
         let mut forwarders = HashSet::new();
         for id in &file.forwarders {
@@ -302,7 +306,7 @@ impl Policy {
         own.denied(&ask.caller.account)?;
         rules.denied(account)?;
         rules.key(account, ask.key)?;
-        let lifetime = rules.lifetime(account, ask.seconds)?;
+        let lifetime = rules.lifetime(account, ask.lifetime)?;
         let (dns, left_out) = self.dns(rules, account, ask.dns);
         Ok(Decision {
             account: account.clone(),
@@ -327,7 +331,7 @@ impl Policy {
             "review",
             own.review(caller).map(|()| match (&caller.proof, own.token_review.value) {
                 (Proof::Token { .. }, true) => format!(
-                    "the API server vouches for the token, as {} wants",
+                    "the API server has to vouch for the token ({})",
                     own.token_review.origin.located()
                 ),
                 (Proof::Token { .. }, false) => "the API server need not vouch for the token".to_owned(),
@@ -349,7 +353,9 @@ impl Policy {
         step(
             "identity",
             self.impersonation(ask).map(|()| match ask.impersonated {
-                Some(account) => format!("{} may ask for {account}, which runs on its node", caller.account),
+                Some(account) => {
+                    format!("{} may ask for {account}, if a pod of it runs on the same node", caller.account)
+                }
                 None => format!("{account}, the caller's own"),
             }),
         );
@@ -367,14 +373,19 @@ impl Policy {
         );
         step(
             "lifetime",
-            rules.lifetime(account, ask.seconds).map(|granted| {
+            rules.lifetime(account, ask.lifetime).map(|granted| {
                 format!(
                     "{} ({}); the longest is {} ({})",
                     granted.value,
                     granted.origin.located(),
                     rules.longest.value,
                     rules.longest.origin.located()
-                )
+                ) + &match rules.spread.value {
+                    Spread::NONE => String::new(),
+                    spread => {
+                        format!("; up to {spread} less for an even load ({})", rules.spread.origin.located())
+                    }
+                }
             }),
         );
         let (dns, left_out) = self.dns(rules, account, ask.dns);
@@ -383,6 +394,11 @@ impl Policy {
         told.extend(left_out.iter().map(|(name, why)| format!("{} left out: {why}", shortened(name))));
         step("dns", Ok(if told.is_empty() { "none asked for".to_owned() } else { told.join("; ") }));
         steps
+    }
+
+    /// The most that an account may ask for.
+    pub fn longest(&self, account: &ServiceAccount) -> &Of<Lifetime> {
+        &self.rules(account).longest
     }
 
     /// Whether tokens of an account count only if the API server itself vouches for them.
@@ -399,9 +415,9 @@ impl Policy {
             .any(|rules| rules.token_review.value)
     }
 
-    /// Whether an account may ask for others.
-    pub fn is_impersonator(&self, account: &ServiceAccount) -> bool {
-        self.impersonators.contains(account)
+    /// Who may ask for others.
+    pub fn impersonators(&self) -> &[ServiceAccount] {
+        &self.impersonators
     }
 
     /// Whether a proxy's word counts for whom it forwards.
@@ -428,7 +444,7 @@ impl Policy {
         if ask.impersonated.is_none() {
             return Ok(());
         }
-        if !self.is_impersonator(caller) {
+        if !self.impersonators.contains(caller) {
             let sentence = format!(
                 "{caller} may not ask for other identities; it is none of the policy's impersonators"
             );
@@ -580,11 +596,8 @@ impl Rules {
         Err(Refusal::new(Reason::KeyRefused, sentence).with_detail(origin.located()))
     }
 
-    fn lifetime(&self, account: &ServiceAccount, seconds: i64) -> Result<Of<Lifetime>, Refusal> {
-        let asked = match u64::try_from(seconds) {
-            Ok(seconds) if seconds > 0 => Lifetime::from_secs(seconds),
-            _ => return Ok(self.lifetime.clone()),
-        };
+    fn lifetime(&self, account: &ServiceAccount, asked: Option<Lifetime>) -> Result<Of<Lifetime>, Refusal> {
+        let Some(asked) = asked else { return Ok(self.lifetime.clone()) };
         if asked <= self.longest.value {
             return Ok(Of { value: asked, origin: Origin::Asked });
         }
@@ -650,7 +663,7 @@ fn account(text: &str) -> Result<ServiceAccount, String> {
 fn issuers(said: &[file::Oidc]) -> Result<Vec<OidcIssuer>, Error> {
     let mut issuers: Vec<OidcIssuer> = Vec::new();
     for one in said {
-        fetchable(&one.issuer)?;
+        read::<Url>(&one.issuer)?;
         if issuers.iter().any(|other| other.issuer == one.issuer.value) {
             return Err(Error::at(
                 &one.issuer,
@@ -658,7 +671,7 @@ fn issuers(said: &[file::Oidc]) -> Result<Vec<OidcIssuer>, Error> {
             ));
         }
         if let Some(jwks) = one.jwks.as_ref().filter(|jwks| jwks.value.contains("://")) {
-            fetchable(jwks)?;
+            read::<Url>(jwks)?;
         }
         for text in [Some(&one.audience), one.jwks.as_ref()].into_iter().flatten() {
             if text.value.is_empty() {
@@ -687,28 +700,6 @@ fn issuers(said: &[file::Oidc]) -> Result<Vec<OidcIssuer>, Error> {
         });
     }
     Ok(issuers)
-}
-
-/// Keys are never fetched where somebody on the way could put others in their place.
-fn fetchable(url: &Spanned<String>) -> Result<(), Error> {
-    let (scheme, rest) = url.value.split_once("://").unwrap_or_default();
-    let authority = rest.split('/').next().unwrap_or_default();
-    let host = match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
-        _ => authority,
-    };
-    let is_safe = match scheme {
-        "https" => !host.is_empty(),
-        "http" => matches!(host, "localhost" | "127.0.0.1" | "[::1]"),
-        _ => false,
-    };
-    if !is_safe || url.value.contains(['?', '#', '@', ' ']) {
-        let shown = shortened(&url.value);
-        let reason =
-            format!("{shown:?} is no https URL (http for loopback alone) without user, query and fragment");
-        return Err(Error::at(url, reason));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -37,6 +37,11 @@ fn token(reviewed: bool) -> Proof {
     Proof::Token { reviewed, bound: Arc::new(Bound::default()) }
 }
 
+/// As it comes over the wire.
+fn seconds(asked: i64) -> Option<Lifetime> {
+    u64::try_from(asked).ok().filter(|seconds| *seconds > 0).map(Lifetime::from_secs)
+}
+
 /// The example of the documentation.
 fn example() -> String {
     let text = include_str!("../../../docs/policy.md");
@@ -149,7 +154,7 @@ fn the_example_decides_as_it_says() {
             impersonated: whom.as_ref(),
             key: row.key,
             dns: &dns,
-            seconds: row.seconds,
+            lifetime: seconds(row.seconds),
             now: NOW,
         };
         match (policy.decide(&ask), row.wanted) {
@@ -180,6 +185,11 @@ fn the_example_decides_as_it_says() {
         }
     }
     assert!(table.len() >= 40);
+}
+
+#[test]
+fn the_example_is_what_explain_is_shown_with() {
+    assert_eq!(example(), include_str!("../../../tests/cli/explain.in/policy.yaml"));
 }
 
 #[test]
@@ -217,7 +227,7 @@ fn without_a_file_the_flags_count() {
         impersonated: None,
         key: Some(KeyKind::Rsa4096),
         dns: &dns,
-        seconds: 0,
+        lifetime: None,
         now: NOW,
     };
     let decision = policy.decide(&ask).unwrap();
@@ -252,7 +262,7 @@ fn names_of_micas_own_are_never_granted() {
         "a.b",
     ];
     let dns = dns.map(str::to_owned);
-    let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &dns, seconds: 0, now: NOW };
+    let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &dns, lifetime: None, now: NOW };
     let decision = policy.decide(&ask).unwrap();
     assert_eq!(decision.dns.iter().map(DnsName::as_str).collect::<Vec<_>>(), ["x.istio-system.svc", "a.b"]);
     assert!(decision.left_out.iter().all(|(_, why)| *why == LeftOut::Own), "{:?}", decision.left_out);
@@ -263,7 +273,7 @@ fn many_names_are_not_looked_at() {
     let policy = policy("dns: ['*.{namespace}.svc']");
     let caller = caller("default/web", token(false));
     let dns: Vec<_> = (0..1_000).map(|n| format!("n{n}.default.svc")).collect();
-    let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &dns, seconds: 0, now: NOW };
+    let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &dns, lifetime: None, now: NOW };
     let decision = policy.decide(&ask).unwrap();
     assert_eq!(decision.dns.len(), MAX_DNS);
     assert!(decision.left_out.iter().all(|(_, why)| *why == LeftOut::TooMany));
@@ -319,11 +329,11 @@ fn what_is_wrong_is_said_with_its_line() {
         // Issuers.
         ("oidc:\n  - issuer: https://a\n    audience: x\n", "missing field `accounts`"),
         ("oidc:\n  - issuer: https://a\n    accounts: []\n", "missing field `audience`"),
-        ("oidc:\n  - issuer: http://a\n    audience: x\n    accounts: []\n", "line 2: \"http://a\" is no https URL"),
+        ("oidc:\n  - issuer: http://a\n    audience: x\n    accounts: []\n", "line 2: \"http://a\" is not https"),
         ("oidc:\n  - issuer: https://u@a\n    audience: x\n    accounts: []\n", "line 2: "),
         ("oidc:\n  - issuer: http://127.0.0.1.evil.org\n    audience: x\n    accounts: []\n", "line 2: "),
         ("oidc:\n  - issuer: http://[::1].evil.org\n    audience: x\n    accounts: []\n", "line 2: "),
-        ("oidc:\n  - issuer: https://a\n    jwks: http://b/keys\n    audience: x\n    accounts: []\n", "line 3: \"http://b/keys\" is no https URL"),
+        ("oidc:\n  - issuer: https://a\n    jwks: http://b/keys\n    audience: x\n    accounts: []\n", "line 3: \"http://b/keys\" is not https"),
         ("oidc:\n  - issuer: https://a\n    audience: ''\n    accounts: []\n", "line 3: audience and jwks cannot be empty"),
         ("oidc:\n  - {issuer: https://a, audience: x, accounts: []}\n  - {issuer: https://a, audience: y, accounts: []}\n", "line 3: the issuer https://a comes twice"),
         ("oidc:\n  - issuer: https://a\n    audience: x\n    accounts:\n      - {subject: s, account: a/b}\n      - {subject: s, account: a/c}\n", "line 6: the subject \"s\" comes twice"),
@@ -373,7 +383,7 @@ fn bombs_are_refused_soon() {
 fn anchors_stand_for_what_they_name() {
     let policy = policy("namespaces:\n  a: &short {lifetime: 1h}\n  b: *short\n");
     let caller = caller("b/x", token(false));
-    let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &[], seconds: 0, now: NOW };
+    let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &[], lifetime: None, now: NOW };
     assert_eq!(policy.decide(&ask).unwrap().lifetime.value.to_string(), "1h");
 }
 
@@ -385,7 +395,7 @@ fn an_account_takes_back_what_its_namespace_has() {
     let decide = |name: &str| {
         let caller = caller(name, token(false));
         let dns = ["a.example.org".to_owned()];
-        let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &dns, seconds: 0, now: NOW };
+        let ask = Ask { caller: &caller, impersonated: None, key: None, dns: &dns, lifetime: None, now: NOW };
         policy.decide(&ask).map(|decision| decision.dns.len()).map_err(|refusal| refusal.reason)
     };
     assert_eq!(decide("other/x"), Err(Reason::IdentityDenied));
@@ -448,7 +458,7 @@ proptest! {
             impersonated: impersonated.as_ref(),
             key: kind.map(|kind| KINDS[kind]),
             dns: &dns,
-            seconds,
+            lifetime: self::seconds(seconds),
             now: NOW,
         };
         let decided = policy.decide(&ask);

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use control_plane::{ControlPlane, ISSUER};
 use serde_json::Value;
+pub(crate) use served::metrics_page;
 
 #[test]
 fn the_control_plane_makes_tokens_as_a_kubelet_gets_them() {

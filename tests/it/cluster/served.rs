@@ -3,9 +3,16 @@
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::control_plane::ControlPlane;
+use mica::core::caller::Object;
+use mica::core::certificate::Certificate;
+use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use super::control_plane::{ControlPlane, ISSUER, TestNamespace, runtime};
 use super::knowledge::permitted;
-use crate::serve::{Mica, Place, output_within};
+use crate::serve::mtls::{ask, connect, csr, reason};
+use crate::serve::{Mica, Place, output_within, wait_for};
 
 /// `mica serve --kube` as its users start it, with the permissions that the documents list.
 fn command(place: &Place, plane: &ControlPlane) -> Command {
@@ -21,6 +28,69 @@ fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> Mica {
     place.start_command(command(place, plane).args(arguments))
 }
 
+/// The metrics of one that has answered a request, about somebody whom no watch has told of.
+pub(crate) fn metrics_page() -> String {
+    let (place, plane) = (Place::new(), ControlPlane::shared());
+    let mica = start(&place, plane, &[]);
+    let namespace = plane.namespace();
+    namespace.account("web");
+    let token = namespace.token("web", "istio-ca", None);
+    namespace.delete_account("web");
+    Client::new(&mica, &place).wait_for_refusal(&token, "ACCOUNT_GONE");
+    let page = mica.page("/metrics").1;
+    mica.stop();
+    page
+}
+
+/// A workload's connection.
+struct Client(Channel);
+
+impl Client {
+    fn new(mica: &Mica, place: &Place) -> Self {
+        Self(runtime().block_on(connect(mica, place, None)))
+    }
+
+    /// The URI of the certificate that a token gets.
+    fn identity(&self, token: &str) -> Result<String, Status> {
+        let mut request = tonic::Request::new(ask(csr("spiffe://cluster.local/ns/some/sa/body")));
+        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        let mut client = IstioCertificateServiceClient::new(self.0.clone());
+        let answer = runtime().block_on(client.create_certificate(request))?.into_inner();
+        let leaf = Certificate::all_from_pem(answer.cert_chain[0].as_bytes()).unwrap().remove(0);
+        assert_eq!(leaf.uris.len(), 1);
+        Ok(leaf.uris[0].clone())
+    }
+
+    /// The code and the reason of a refusal.
+    fn refused(&self, token: &str) -> (Code, String) {
+        let status = self.identity(token).unwrap_err();
+        (status.code(), reason(&status))
+    }
+
+    fn wait_for_refusal(&self, token: &str, wanted: &str) {
+        wait_for(Duration::from_secs(5), wanted, || {
+            self.identity(token).err().filter(|status| reason(status) == wanted)
+        });
+    }
+}
+
+fn unauthenticated(reason: &str) -> (Code, String) {
+    (Code::Unauthenticated, reason.to_owned())
+}
+
+fn id(namespace: &TestNamespace<'_>, account: &str) -> String {
+    format!("spiffe://cluster.local/ns/{}/sa/{account}", namespace.name)
+}
+
+/// A pod of the account `web` on a node, and a token as its agent has it.
+fn workload(namespace: &TestNamespace<'_>) -> (Object, String) {
+    namespace.account("web");
+    let node = namespace.node("a");
+    let pod = namespace.pod("web-1", "web", &node);
+    let token = namespace.token("web", "istio-ca", Some(&pod));
+    (pod, token)
+}
+
 #[test]
 fn what_a_cluster_cannot_have_is_refused() {
     let (place, plane) = (Place::new(), ControlPlane::shared());
@@ -33,6 +103,7 @@ fn what_a_cluster_cannot_have_is_refused() {
         (&["--secrets", "x"][..], "mica: --secrets is of no use with --kube"),
         (&["--secrets-group", "1"], "mica: --secrets-group is of no use with --kube"),
         (&["manifests"], "mica: the folder manifests and --kube were given"),
+        (&["--trial-tokens"], "mica: --trial-tokens is not for clusters"),
     ] {
         let error = refused(command(&place, plane).args(arguments));
         assert!(error.starts_with(said), "{error}");
@@ -56,5 +127,111 @@ fn it_is_ready_when_all_accounts_and_pods_are_known() {
     let mica = start(&place, plane, &[]);
     assert_eq!(mica.page("/readyz").0, 200);
     assert!(mica.report().contains("Service accounts of https://127.0.0.1:"), "{}", mica.report());
+    mica.stop();
+}
+
+#[test]
+fn a_token_gets_a_certificate_while_its_account_and_its_pod_live() {
+    let (place, plane) = (Place::new(), ControlPlane::shared());
+    let mica = start(&place, plane, &[]);
+    let client = Client::new(&mica, &place);
+
+    let namespace = plane.namespace();
+    let (pod, token) = workload(&namespace);
+    assert_eq!(client.identity(&token).unwrap(), id(&namespace, "web"));
+    let unbound = namespace.token("web", "istio-ca", None);
+    assert_eq!(client.identity(&unbound).unwrap(), id(&namespace, "web"));
+    let foreign = namespace.token("web", "example.org", Some(&pod));
+    assert_eq!(client.refused(&foreign), unauthenticated("TOKEN_AUDIENCE"));
+    // The audience that the API server takes for itself.
+    let api = namespace.token("web", ISSUER, Some(&pod));
+    assert_eq!(client.refused(&api), unauthenticated("TOKEN_AUDIENCE"));
+
+    namespace.delete_pod("web-1");
+    client.wait_for_refusal(&token, "POD_GONE");
+    assert_eq!(client.identity(&unbound).unwrap(), id(&namespace, "web"));
+    let again = namespace.pod("web-1", "web", &namespace.node("b"));
+    assert_ne!(again.uid, pod.uid);
+    assert_eq!(client.refused(&token), unauthenticated("POD_GONE"));
+    let fresh = namespace.token("web", "istio-ca", Some(&again));
+    assert_eq!(client.identity(&fresh).unwrap(), id(&namespace, "web"));
+
+    namespace.delete_account("web");
+    client.wait_for_refusal(&fresh, "ACCOUNT_GONE");
+    client.wait_for_refusal(&unbound, "ACCOUNT_GONE");
+    namespace.account("web");
+    client.wait_for_refusal(&unbound, "ACCOUNT_REPLACED");
+    let fresh = namespace.token("web", "istio-ca", None);
+    assert_eq!(client.identity(&fresh).unwrap(), id(&namespace, "web"));
+    mica.stop();
+}
+
+#[test]
+fn with_token_review_the_api_server_vouches_for_each_token() {
+    let (place, plane) = (Place::new(), ControlPlane::shared());
+    let mica = start(&place, plane, &["--token-review"]);
+    let client = Client::new(&mica, &place);
+    let namespace = plane.namespace();
+    let (pod, token) = workload(&namespace);
+    assert_eq!(client.identity(&token).unwrap(), id(&namespace, "web"));
+    assert_eq!(mica.metric("mica_token_checks_total{how=\"reviewed\"}"), 1.0);
+    let foreign = namespace.token("web", "example.org", Some(&pod));
+    assert_eq!(client.refused(&foreign), unauthenticated("TOKEN_AUDIENCE"));
+    namespace.delete_pod("web-1");
+    client.wait_for_refusal(&token, "POD_GONE");
+    mica.stop();
+}
+
+#[test]
+fn an_outage_of_the_api_server_is_one_of_what_is_not_known_alone() {
+    let plane = ControlPlane::start();
+    let place = Place::new();
+    let mica = start(&place, &plane, &[]);
+    let client = Client::new(&mica, &place);
+    let namespace = plane.namespace();
+    let (_, known) = workload(&namespace);
+    namespace.account("late");
+    let late = namespace.token("late", "istio-ca", None);
+    namespace.delete_account("late");
+    client.wait_for_refusal(&late, "ACCOUNT_GONE");
+    assert_eq!(client.identity(&known).unwrap(), id(&namespace, "web"));
+
+    plane.stop_api_server();
+    for _ in 0..3 {
+        assert_eq!(client.identity(&known).unwrap(), id(&namespace, "web"));
+        std::thread::sleep(Duration::from_millis(600));
+    }
+    assert_eq!(client.refused(&late), (Code::Unavailable, "LIVENESS_UNKNOWN".to_owned()));
+    assert_eq!(mica.page("/readyz").0, 200);
+
+    plane.start_api_server();
+    plane.wait_until_ready();
+    client.wait_for_refusal(&late, "ACCOUNT_GONE");
+    assert_eq!(client.identity(&known).unwrap(), id(&namespace, "web"));
+    // Told by the watch, which has come back by itself.
+    namespace.delete_pod("web-1");
+    wait_for(Duration::from_secs(30), "the end of the pod", || {
+        client.identity(&known).err().filter(|status| reason(status) == "POD_GONE")
+    });
+    mica.stop();
+}
+
+#[test]
+fn a_start_without_the_api_server_waits_for_it() {
+    let plane = ControlPlane::start();
+    let namespace = plane.namespace();
+    let (_, token) = workload(&namespace);
+    let place = Place::new();
+    permitted(&plane);
+    plane.stop_api_server();
+    let mica = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_secs(2));
+            plane.start_api_server();
+        });
+        start(&place, &plane, &[])
+    });
+    assert!(mica.log().contains("the issuer of the cluster's tokens cannot be asked for"), "{}", mica.log());
+    assert_eq!(Client::new(&mica, &place).identity(&token).unwrap(), id(&namespace, "web"));
     mica.stop();
 }

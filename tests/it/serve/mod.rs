@@ -9,6 +9,7 @@ mod grpc;
 mod kills;
 mod lifecycle;
 pub(crate) mod mtls;
+mod policy;
 mod rotation;
 mod tokens;
 

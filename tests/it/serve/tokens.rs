@@ -434,6 +434,62 @@ async fn a_verdict_ends_with_the_token_its_account_and_its_key() {
     mica.stop();
 }
 
+/// A build service's tokens, say, which know nothing of Kubernetes.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_of_other_issuers_stand_for_the_accounts_that_policy_says() {
+    let place = Place::new();
+    place.account("web");
+    let key = IssuerKey::new("RS256");
+    let server = Bad::start();
+    let issuer = server.url("");
+    let document = json!({"issuer": issuer, "jwks_uri": server.url("/keys")}).to_string();
+    server.page("/.well-known/openid-configuration", document);
+    server.page("/keys", set(&[key.jwk("one")]));
+    let policy = place.root.path().join("policy.yaml");
+    let say = |accounts: &[(&str, &str)]| {
+        let accounts: Vec<_> = accounts
+            .iter()
+            .map(|(subject, account)| json!({"subject": subject, "account": account}))
+            .collect();
+        let text =
+            json!({"oidc": [{"issuer": issuer, "audience": "mica", "accounts": accounts}]}).to_string();
+        fs::write(policy.with_extension("new"), text).unwrap();
+        fs::rename(policy.with_extension("new"), &policy).unwrap();
+    };
+    say(&[("repo:shop/web:main", "shop/web"), ("repo:shop/gone:main", "shop/gone")]);
+    let mica = place.start(&["--policy", policy.to_str().unwrap()]);
+    let channel = connect(&mica, &place, None).await;
+    let token = |subject: &str, audience: &str| {
+        let mut claims = claims();
+        claims["iss"] = json!(issuer);
+        claims["sub"] = json!(subject);
+        claims["aud"] = json!(audience);
+        claims.as_object_mut().unwrap().remove("kubernetes.io");
+        key.token("one", &claims)
+    };
+    let good = token("repo:shop/web:main", "mica");
+    for _ in 0..2 {
+        assert_eq!(with(&channel, &good).await.unwrap().uris, [WEB]);
+    }
+    assert_eq!(mica.metric("mica_token_checks_total{how=\"remembered\"}"), 1.0);
+    for (subject, audience, wanted) in [
+        ("repo:shop/web:mai", "mica", "TOKEN_SUBJECT"),
+        ("repo:shop/web:main2", "mica", "TOKEN_SUBJECT"),
+        ("repo:shop/*", "mica", "TOKEN_SUBJECT"),
+        // Of an issuer of this kind the names of accounts mean nothing by themselves.
+        ("system:serviceaccount:shop:web", "mica", "TOKEN_SUBJECT"),
+        ("repo:shop/web:main", "istio-ca", "TOKEN_AUDIENCE"),
+        ("repo:shop/gone:main", "mica", "ACCOUNT_GONE"),
+    ] {
+        let (reason, sentence) = refused(&channel, &token(subject, audience)).await;
+        assert_eq!(reason, wanted, "{sentence}");
+    }
+    say(&[("repo:shop/other:main", "shop/web")]);
+    until_refused(&channel, &good, "TOKEN_SUBJECT").await;
+    assert_eq!(with(&channel, &token("repo:shop/other:main", "mica")).await.unwrap().uris, [WEB]);
+    mica.stop();
+}
+
 async fn until_refused(channel: &Channel, token: &str, wanted: &str) {
     let begun = std::time::Instant::now();
     loop {
