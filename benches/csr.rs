@@ -133,6 +133,7 @@ fn in_process() {
         authority.clone(),
         vec![Box::new(Arc::new(CertificateAuthenticator::new(authority.clone())))],
         accounts,
+        None,
         Arc::new(LivingPolicy::open(None, limits).unwrap()),
         Queue::new(1, queue::MOST),
         Metrics::register(registry),
@@ -158,7 +159,7 @@ fn in_process() {
                     for n in 0..EACH {
                         let ask = Ask {
                             method: "CreateCertificate",
-                            csr: asked[n as usize % asked.len()].csr.as_bytes(),
+                            csr: Some(asked[n as usize % asked.len()].csr.as_bytes()),
                             lifetime: None,
                             wishes: Ok(Wishes::default()),
                             names_itself: false,

@@ -151,7 +151,7 @@ async fn run_with(
         tokens.take(tokens::issuers(&args, &data).await?);
     }
     let mut tasks = JoinSet::new();
-    let Followed { liveness, first, reported, events } =
+    let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
@@ -184,6 +184,7 @@ async fn run_with(
         authority.clone(),
         vec![Box::new(tokens.clone()), Box::new(forwarded), Box::new(by_certificate)],
         liveness,
+        nodes,
         policy.clone(),
         queue,
         csr_metrics,

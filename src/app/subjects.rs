@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::serve::{Error, stopping, until, usage};
 use super::{report, tokens};
 use crate::auth::token::Tokens;
-use crate::auth::{Accounts, Liveness};
+use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
 use crate::cluster::{Cluster, Objects};
 use crate::config::serve::Args;
@@ -40,6 +40,8 @@ pub(super) enum Subjects {
 pub(super) struct Followed {
     /// Which of them live.
     pub(super) liveness: Arc<dyn Liveness>,
+    /// And which of them run where, if that can be known.
+    pub(super) nodes: Option<Arc<dyn Nodes>>,
     /// Told when all of them have been seen once.
     pub(super) first: oneshot::Receiver<First>,
     /// To be told when that has been reported.
@@ -135,7 +137,7 @@ fn follow_folder(
         let _ = is_reported.await;
         while sink_events.send(Event::Disturbed(sink.disturbed().await)).await.is_ok() {}
     }));
-    Ok(Followed { liveness, first, reported, events })
+    Ok(Followed { liveness, nodes: None, first, reported, events })
 }
 
 fn follow_cluster(
@@ -169,7 +171,7 @@ fn follow_cluster(
             ended = tokens::follow(&args, cluster, &tokens) => ended,
         }
     });
-    Followed { liveness: objects, first, reported, events }
+    Followed { liveness: objects.clone(), nodes: Some(objects), first, reported, events }
 }
 
 /// How many documents, files and folders of the source cannot be read at the moment.

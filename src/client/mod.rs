@@ -27,13 +27,14 @@ use crate::core::spiffe::SpiffeId;
 use crate::proto::google::rpc;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
 use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use crate::proto::mica::v1::ExplainRequest;
+pub use crate::proto::mica::v1::ExplainResponse;
 use crate::proto::mica::v1::identity_service_client::IdentityServiceClient;
-use crate::proto::mica::v1::{ExplainRequest, ExplainResponse};
 use crate::sys::files;
 use dial::Dial;
 
-/// A server that takes longer to answer is not waited for. A full queue answers at once.
-const ANSWER: Duration = Duration::from_secs(30);
+/// A server that takes longer to answer is not waited for. Mica itself gives up a little earlier.
+const ANSWER: Duration = Duration::from_secs(35);
 /// Of Mica's error details.
 const DOMAIN: &str = "mica.dev";
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";

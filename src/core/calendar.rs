@@ -185,10 +185,11 @@ fn renewal(lifetime: u64) -> u64 {
 /// The least lifetime that brings a renewal no earlier than that.
 fn lifetime_of(renewal_after: u64) -> u64 {
     let long = 2 * renewal_after + BACKDATE.as_secs();
-    if long / 4 >= BACKDATE.as_secs() {
+    if long / 4 > BACKDATE.as_secs() {
         return long;
     }
-    let mut short = (8 * renewal_after).div_ceil(3);
+    // Quarters and halves are rounded, so that the least may be a little below.
+    let mut short = (8 * renewal_after / 3).saturating_sub(3);
     while renewal(short) < renewal_after {
         short += 1;
     }
@@ -475,6 +476,14 @@ mod tests {
             let now = START;
             let really = (renewed(now, Lifetime::from_secs(lifetime)) - now).whole_seconds();
             prop_assert!((really - renewal(lifetime) as i64).abs() <= 1, "{} {}", really, renewal(lifetime));
+        }
+    }
+
+    #[test]
+    fn the_least_lifetime_of_a_renewal_is_none_that_is_longer() {
+        for lifetime in 1..2_000 {
+            let least = lifetime_of(renewal(lifetime));
+            assert!(least <= lifetime && renewal(least) == renewal(lifetime), "{lifetime}: {least}");
         }
     }
 

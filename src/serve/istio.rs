@@ -42,11 +42,8 @@ impl IstioCertificateService for Istio {
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
         let ask = Ask {
             method: METHOD,
-            csr: asked.csr.as_bytes(),
-            lifetime: u64::try_from(asked.validity_duration)
-                .ok()
-                .filter(|seconds| *seconds > 0)
-                .map(Lifetime::from_secs),
+            csr: Some(asked.csr.as_bytes()),
+            lifetime: lifetime(asked.validity_duration),
             wishes: wishes(asked.metadata.as_ref()),
             names_itself: false,
         };
@@ -65,7 +62,7 @@ impl IstioCaService for Istio {
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
         let ask = Ask {
             method: "HandleCSR",
-            csr: &asked.csr_pem,
+            csr: Some(&asked.csr_pem),
             lifetime: None,
             wishes: Ok(Wishes::default()),
             names_itself: true,
@@ -120,8 +117,13 @@ fn framed(grant: &Grant) -> Vec<String> {
     elements
 }
 
+/// None, which asks for the default, for 0 or less.
+pub(super) fn lifetime(seconds: i64) -> Option<Lifetime> {
+    u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).map(Lifetime::from_secs)
+}
+
 /// Set by the listener, for every connection.
-fn peer(extensions: &tonic::Extensions) -> Result<&Arc<Peer>, Status> {
+pub(super) fn peer(extensions: &tonic::Extensions) -> Result<&Arc<Peer>, Status> {
     extensions
         .get::<Connected>()
         .map(|connection| &connection.peer)

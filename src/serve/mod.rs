@@ -6,6 +6,7 @@ mod grpc;
 mod health;
 mod istio;
 mod metrics;
+mod mica;
 pub mod queue;
 mod requests;
 pub mod tls;
@@ -36,6 +37,7 @@ use crate::proto::DESCRIPTORS;
 use crate::proto::grpc::health::v1::health_server::HealthServer;
 use crate::proto::istio::v1::auth::istio_ca_service_server::IstioCaServiceServer;
 use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertificateServiceServer;
+use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
 use bounds::{Bounded, Unanswered};
 use grpc::GrpcOnly;
@@ -79,6 +81,7 @@ pub async fn serve(
     let (accepted, connections) = mpsc::channel(1);
     let acceptor = TlsAcceptor::from(Arc::new(certificate.config()));
     let incoming = tokio_stream::wrappers::ReceiverStream::new(connections);
+    let identity = mica::Identity { requests: requests.clone() };
     let istio = istio::Istio { requests };
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
@@ -103,6 +106,10 @@ pub async fn serve(
             reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION),
             REFLECTION,
         )))
+        .add_service(GrpcOnly(Bounded::new(
+            IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+            bounds::ANSWERED,
+        ))))
         .add_service(GrpcOnly(Bounded::new(
             IstioCertificateServiceServer::new(istio.clone())
                 .max_decoding_message_size(bounds::LARGEST_MESSAGE),

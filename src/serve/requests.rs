@@ -8,7 +8,7 @@ use tracing::{Instrument as _, debug_span};
 
 use super::metrics::Metrics;
 use super::queue::Queue;
-use crate::auth::{Authenticator, Evidence, Life, Liveness, LivingPolicy};
+use crate::auth::{Authenticator, Evidence, Impersonation, Life, Liveness, LivingPolicy, Nodes};
 use crate::authority::{self, Authority, Cause, Grant};
 use crate::core::calendar::{Calendar, Spread};
 use crate::core::caller::{Caller, Object, Proof};
@@ -18,7 +18,7 @@ use crate::core::lifetime::Lifetime;
 use crate::core::policy::{self, Decision};
 use crate::core::profile::Profile;
 use crate::core::refusal::{Reason, Refusal};
-use crate::core::spiffe::{ServiceAccount, shortened};
+use crate::core::spiffe::{ServiceAccount, TrustDomain, shortened};
 use crate::sys::{clock, keys};
 
 /// What is asked for.
@@ -26,8 +26,8 @@ use crate::sys::{clock, keys};
 pub struct Ask<'a> {
     /// By which call.
     pub method: &'static str,
-    /// PEM.
-    pub csr: &'a [u8],
+    /// PEM; none to leave the key out of the question, which only an explanation does.
+    pub csr: Option<&'a [u8]>,
     /// None asks for the default.
     pub lifetime: Option<Lifetime>,
     /// What else; an error where that cannot be read, which only an authenticated caller is told.
@@ -45,11 +45,23 @@ pub struct Wishes {
     pub exact: bool,
 }
 
+/// What a request would be answered.
+#[derive(Clone, Debug)]
+pub struct Explained {
+    /// Who asks, if that was proved.
+    pub caller: Option<Caller>,
+    /// Whose identities are had here.
+    pub trust_domain: TrustDomain,
+    /// What would be granted, or why nothing.
+    pub verdict: Result<Decision, Refusal>,
+}
+
 /// Judges requests, and grants what may be granted.
 pub struct Requests {
     authority: Arc<Authority>,
     authenticators: Vec<Box<dyn Authenticator>>,
     liveness: Arc<dyn Liveness>,
+    nodes: Option<Arc<dyn Nodes>>,
     policy: Arc<LivingPolicy>,
     calendar: Mutex<Calendar>,
     queue: Queue,
@@ -57,17 +69,18 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// With the authenticators in their order: the first that applies decides.
+    /// With the authenticators in their order: the first that applies decides. Without `nodes` nobody may ask for others.
     pub fn new(
         authority: Arc<Authority>,
         authenticators: Vec<Box<dyn Authenticator>>,
         liveness: Arc<dyn Liveness>,
+        nodes: Option<Arc<dyn Nodes>>,
         policy: Arc<LivingPolicy>,
         queue: Queue,
         metrics: Metrics,
     ) -> Self {
         let calendar = Mutex::default();
-        Self { authority, authenticators, liveness, policy, calendar, queue, metrics }
+        Self { authority, authenticators, liveness, nodes, policy, calendar, queue, metrics }
     }
 
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
@@ -106,23 +119,11 @@ impl Requests {
         known: &mut Option<Caller>,
     ) -> Result<Grant, Refusal> {
         let now = clock::now();
-        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
-        let caller = known.insert(caller);
-        self.lives(caller).instrument(debug_span!("liveness")).await?;
-        let authorize = debug_span!("authorize").entered();
-        let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
-        let identity = self.identity(caller, wishes)?;
-        let csr = CheckedCsr::from_pem(ask.csr)?;
-        self.compare(ask, &csr, &identity)?;
-        let decision = self.policy.current().decide(&policy::Ask {
-            caller,
-            impersonated: wishes.impersonated.is_some().then_some(&identity),
-            key: Some(csr.key().kind()),
-            dns: &csr.requested().dns,
-            lifetime: ask.lifetime,
-            now,
-        })?;
-        let lifetime = self.even(&decision, wishes.exact, now)?;
+        let (decision, csr) = self.judge(ask, evidence, known, now).await?;
+        let (Some(caller), Some(csr)) = (known, csr) else {
+            return Err(Refusal::new(Reason::CsrMalformed, "there is no CSR"));
+        };
+        let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now)?;
         self.tell(&decision, lifetime);
         let id = decision.account.spiffe_id(self.authority.trust_domain());
         let proved_at = match caller.proof {
@@ -137,9 +138,62 @@ impl Requests {
             source: Some(evidence.peer.source),
             trace: trace_id(evidence),
         };
-        drop(authorize);
         let _sign = debug_span!("sign").entered();
         self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
+    }
+
+    /// What [`Requests::grant`] would do, and why. Nothing is issued, and nothing booked.
+    pub async fn explain(&self, ask: &Ask<'_>, evidence: &Evidence<'_>) -> Result<Explained, Refusal> {
+        let mut caller = None;
+        let work = async {
+            let now = clock::now();
+            let judged = self.judge(ask, evidence, &mut caller, now).await;
+            judged.and_then(|(decision, _)| {
+                let usable = self.authority.issuer().usable(now);
+                usable.map_err(|fault| unusable_issuer(fault.into()))?;
+                Ok(decision)
+            })
+        };
+        let verdict = self.queue.run(self.queue.flow(evidence), work).await?;
+        let trust_domain = self.authority.trust_domain().clone();
+        Ok(Explained { caller, trust_domain, verdict })
+    }
+
+    /// Everything up to the signature.
+    async fn judge(
+        &self,
+        ask: &Ask<'_>,
+        evidence: &Evidence<'_>,
+        known: &mut Option<Caller>,
+        now: OffsetDateTime,
+    ) -> Result<(Decision, Option<CheckedCsr>), Refusal> {
+        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
+        let caller = known.insert(caller);
+        self.lives(caller).instrument(debug_span!("liveness")).await?;
+        let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
+        let policy = self.policy.current();
+        let identity = match &wishes.impersonated {
+            None => caller.account.clone(),
+            Some(wanted) => {
+                let identity =
+                    self.impersonated(caller, wanted, policy.impersonators().contains(&caller.account));
+                identity.instrument(debug_span!("impersonation")).await?
+            }
+        };
+        let _authorize = debug_span!("authorize").entered();
+        let csr = ask.csr.map(CheckedCsr::from_pem).transpose()?;
+        if let Some(csr) = &csr {
+            self.compare(ask, csr, &identity)?;
+        }
+        let decision = policy.decide(&policy::Ask {
+            caller,
+            impersonated: wishes.impersonated.is_some().then_some(&identity),
+            key: csr.as_ref().map(|csr| csr.key().kind()),
+            dns: csr.as_ref().map_or(&[], |csr| &csr.requested().dns),
+            lifetime: ask.lifetime,
+            now,
+        })?;
+        Ok((decision, csr))
     }
 
     /// The lifetime, shortened so that its renewal meets few others, unless that is not wished.
@@ -223,15 +277,27 @@ impl Requests {
         }
     }
 
-    /// Whom the certificate will name.
-    fn identity(&self, caller: &Caller, wishes: &Wishes) -> Result<ServiceAccount, Refusal> {
-        match wishes.impersonated {
-            None => Ok(caller.account.clone()),
-            Some(_) => {
-                let sentence = format!("{} may not ask for others", caller.account);
-                Err(Refusal::new(Reason::ImpersonatorUnknown, sentence))
-            }
-        }
+    /// Whom the certificate will name, if not the caller.
+    async fn impersonated(
+        &self,
+        caller: &Caller,
+        wanted: &str,
+        is_impersonator: bool,
+    ) -> Result<ServiceAccount, Refusal> {
+        let Some(nodes) = &self.nodes else {
+            let sentence =
+                "nobody may ask for others here: who runs on which node is known in a cluster only";
+            return Err(Refusal::new(Reason::ImpersonatorUnknown, sentence));
+        };
+        let impersonation = Impersonation {
+            nodes: &**nodes,
+            liveness: &*self.liveness,
+            trust_domain: self.authority.trust_domain(),
+            is_impersonator,
+        };
+        let account = impersonation.judge(caller, wanted).await?;
+        tracing::info!(caller = %caller.account, identity = %account, "a proxy asks for the identity of a pod on its node");
+        Ok(account)
     }
 
     /// The CSR gives its key alone. What it names is compared, never signed.

@@ -7,6 +7,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{Error, MAX_FILE, Report, connect, name_of, read};
+use crate::client::ExplainResponse;
 use crate::client::Wanted;
 use crate::config::cli::{Connect, Explain};
 use crate::core::caller::{Bound, Caller, Proof};
@@ -19,7 +20,6 @@ use crate::core::refusal::{Reason, Refusal};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
 use crate::core::token::Token;
 use crate::core::token::jwks::KeySet;
-use crate::proto::mica::v1::ExplainResponse;
 use crate::sys::{clock, files};
 
 pub(super) fn explain(arguments: &Explain) -> Result<Report, Error> {

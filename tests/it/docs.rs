@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::CommandFactory as _;
 use mica::config::cli::Cli;
+use mica::core::refusal::{Code, Reason};
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 
 use crate::serve::{self, mtls, wait_for};
@@ -166,6 +167,34 @@ fn every_metric_is_documented_as_it_is() {
         .map(|(name, cells)| (name, (cells[1].clone(), code(&cells[2]).into_iter().collect())))
         .collect();
     assert_eq!(found, documented);
+}
+
+#[test]
+fn every_reason_is_documented_with_its_code() {
+    let ours: BTreeMap<_, _> = Reason::ALL
+        .iter()
+        .map(|reason| (reason.name().to_owned(), code_name(reason.code()).to_owned()))
+        .collect();
+    let document = read("docs/csr-api.md");
+    let documented: BTreeMap<_, _> = rows(document.split_once("## Reasons").unwrap().1)
+        .into_iter()
+        .map(|(name, cells)| {
+            // The sources in short, and a way out.
+            assert!(cells.len() > 4 && !cells[2].is_empty() && !cells[3].is_empty(), "{name}: {cells:?}");
+            (name, code(&cells[1]).remove(0))
+        })
+        .collect();
+    assert_eq!(documented, ours);
+}
+
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Unauthenticated => "UNAUTHENTICATED",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::Unavailable => "UNAVAILABLE",
+    }
 }
 
 /// The documents, with their text.
@@ -355,4 +384,91 @@ fn the_readme_shows_what_the_files_and_the_report_hold() {
         assert!(readme.contains(words), "the README does not show {line:?}");
     }
     mica.stop();
+}
+
+/// What a document shows of a shell: each command with the lines that it answers.
+fn shown(text: &str) -> Vec<(String, Vec<String>)> {
+    let mut found: Vec<(String, Vec<String>)> = Vec::new();
+    for block in text.split("```").skip(1).step_by(2) {
+        let (begun, mut continues) = (found.len(), false);
+        for line in block.lines().skip(1).filter(|line| !line.is_empty()) {
+            if let Some(command) = line.strip_prefix("$ ") {
+                found.push((command.to_owned(), Vec::new()));
+            } else if let Some((command, answer)) = found[begun..].last_mut() {
+                if continues {
+                    *command += &format!("\n{line}");
+                } else {
+                    answer.push(line.to_owned());
+                }
+            }
+            continues = line.ends_with('\\');
+        }
+    }
+    found
+}
+
+/// Whether a line is the one that was shown, but for numbers: words with a digit in them. `…` stands for any rest.
+fn is_shown(line: &str, shown: &str) -> bool {
+    let words = |text: &str| -> Vec<String> {
+        let word = |word: &str| {
+            if word.contains(|c: char| c.is_ascii_digit()) { "#".to_owned() } else { word.to_owned() }
+        };
+        text.split_whitespace().map(word).collect()
+    };
+    match shown.split_once('…') {
+        Some((start, _)) => line.starts_with(start) || words(line).starts_with(&words(start)),
+        None => words(line) == words(shown),
+    }
+}
+
+#[test]
+fn every_command_of_the_readme_about_the_csr_api_answers_as_shown() {
+    const SERVE: &str = "mica serve examples/bookinfo --trial-tokens";
+    let readme = read("README.md");
+    let section = readme.split_once("\n## The CSR API\n").unwrap().1.split_once("\n## ").unwrap().0;
+    assert!(section.contains(&format!("```\n{SERVE}\n```")), "{section}");
+    let place = serve::Place::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
+    command.arg("serve").arg(checkout().join("examples/bookinfo")).arg("--trial-tokens");
+    command.args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--data-dir"]);
+    let mica = place.start_command(command.arg(place.data()).stdin(Stdio::null()));
+    let home = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(place.data(), home.path().join(".mica")).unwrap();
+    let programs = [PathBuf::from(env!("CARGO_BIN_EXE_mica")), parts::grpcurl()];
+    let mut path: Vec<_> = programs.iter().map(|program| program.parent().unwrap().to_owned()).collect();
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
+    let path = std::env::join_paths(path).unwrap();
+
+    let commands = shown(section);
+    for (command, expected) in &commands {
+        assert!(!expected.is_empty(), "{command} shows no answer");
+        let typed = format!("exec 2>&1\n{}", command.replace("127.0.0.1:15012", &mica.address("grpc")));
+        let mut bash = Command::new("bash");
+        bash.args(["-c", &typed]).current_dir(home.path()).env("PATH", &path).stdin(Stdio::null());
+        let output = serve::output_within(&mut bash, Duration::from_secs(30));
+        let answer = String::from_utf8(output.stdout).unwrap();
+        let lines: Vec<_> = answer.lines().filter(|line| !line.is_empty()).collect();
+        let same = lines.len() == expected.len()
+            && lines.iter().zip(expected).all(|(line, shown)| is_shown(line, shown));
+        assert!(same, "{command}\nanswered\n{answer}\nand the README shows\n{}", expected.join("\n"));
+    }
+    assert!(commands.len() >= 8, "{commands:?}");
+    mica.stop();
+}
+
+#[test]
+fn the_reader_of_the_readme_sees_differences() {
+    let shown = shown("a\n```\n$ a \\\n  b\n1\n\n$ c\n```\nd\n```yaml\nx\n```\n");
+    let two = [("a \\\n  b".to_owned(), vec!["1".to_owned()]), ("c".to_owned(), Vec::new())];
+    assert_eq!(shown, two);
+    for (line, shown, same) in [
+        ("serial  0ab1", "serial       5cd2", true),
+        ("for 24 h", "for 21 h", true),
+        ("no (A): b c", "no (A): …", true),
+        ("no (B): b c", "no (A): …", false),
+        ("good: a", "good: b", false),
+        ("good: a b", "good: a", false),
+    ] {
+        assert_eq!(is_shown(line, shown), same, "{line}, {shown}");
+    }
 }

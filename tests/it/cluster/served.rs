@@ -52,8 +52,31 @@ impl Client {
 
     /// The URI of the certificate that a token gets.
     fn identity(&self, token: &str) -> Result<String, Status> {
-        let mut request = tonic::Request::new(ask(csr("spiffe://cluster.local/ns/some/sa/body")));
-        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        self.ask(Some(token), None)
+    }
+
+    /// That of the certificate that a token gets for another one.
+    fn impersonated(&self, token: &str, wanted: &str) -> Result<String, Status> {
+        self.ask(Some(token), Some(wanted))
+    }
+
+    /// Whether and why that is refused.
+    fn not_impersonated(&self, token: &str, wanted: &str) -> (Code, String) {
+        let status = self.impersonated(token, wanted).unwrap_err();
+        (status.code(), reason(&status))
+    }
+
+    fn ask(&self, token: Option<&str>, wanted: Option<&str>) -> Result<String, Status> {
+        let mut asked = ask(csr("spiffe://cluster.local/ns/some/sa/body"));
+        asked.metadata = wanted.map(|wanted| {
+            let kind = Some(prost_types::value::Kind::StringValue(wanted.to_owned()));
+            let value = prost_types::Value { kind };
+            prost_types::Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() }
+        });
+        let mut request = tonic::Request::new(asked);
+        if let Some(token) = token {
+            request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        }
         let mut client = IstioCertificateServiceClient::new(self.0.clone());
         let answer = runtime().block_on(client.create_certificate(request))?.into_inner();
         let leaf = Certificate::all_from_pem(answer.cert_chain[0].as_bytes()).unwrap().remove(0);
@@ -234,4 +257,160 @@ fn a_start_without_the_api_server_waits_for_it() {
     assert!(mica.log().contains("the issuer of the cluster's tokens cannot be asked for"), "{}", mica.log());
     assert_eq!(Client::new(&mica, &place).identity(&token).unwrap(), id(&namespace, "web"));
     mica.stop();
+}
+
+#[test]
+fn a_policy_says_for_whom_the_api_server_vouches() {
+    let (place, plane) = (Place::new(), ControlPlane::shared());
+    let namespace = plane.namespace();
+    let (_, token) = workload(&namespace);
+    namespace.account("strict");
+    let policy = place.root.path().join("policy.yaml");
+    let text = format!("accounts: {{{}/strict: {{token_review: true}}}}\n", namespace.name);
+    std::fs::write(&policy, text).unwrap();
+    let mica = start(&place, plane, &["--policy", policy.to_str().unwrap()]);
+    let client = Client::new(&mica, &place);
+    let strict = namespace.token("strict", "istio-ca", None);
+    assert_eq!(client.identity(&token).unwrap(), id(&namespace, "web"));
+    assert_eq!(mica.metric("mica_token_checks_total{how=\"verified\"}"), 1.0);
+    assert_eq!(client.identity(&strict).unwrap(), id(&namespace, "strict"));
+    assert_eq!(mica.metric("mica_token_checks_total{how=\"reviewed\"}"), 1.0);
+    mica.stop();
+}
+
+/// A proxy on node a, and who runs where.
+struct Mesh<'a> {
+    namespace: TestNamespace<'a>,
+    place: Place,
+    mica: Mica,
+    client: Client,
+    nodes: [Object; 2],
+    proxy: Object,
+    token: String,
+}
+
+impl<'a> Mesh<'a> {
+    fn start(plane: &'a ControlPlane) -> Self {
+        let namespace = plane.namespace();
+        for name in ["proxy", "web", "db", "other"] {
+            namespace.account(name);
+        }
+        let nodes = [namespace.node("a"), namespace.node("b")];
+        let proxy = namespace.pod("proxy-1", "proxy", &nodes[0]);
+        let token = namespace.token("proxy", "istio-ca", Some(&proxy));
+        let place = Place::new();
+        let policy = place.root.path().join("policy.yaml");
+        std::fs::write(&policy, format!("impersonators: [{}/proxy]\n", namespace.name)).unwrap();
+        let mica = start(&place, plane, &["--policy", policy.to_str().unwrap()]);
+        let client = Client::new(&mica, &place);
+        Self { namespace, place, mica, client, nodes, proxy, token }
+    }
+}
+
+#[test]
+fn a_proxy_gets_the_identities_of_pods_that_run_on_its_node_and_no_others() {
+    let plane = ControlPlane::shared();
+    let Mesh { namespace, place: _place, mica, client, nodes: [a, b], proxy, token } = &Mesh::start(plane);
+    let [web, db, other] = ["web", "db", "other"].map(|name| id(namespace, name));
+    // At once, whether or not a watch has told of the pod.
+    namespace.pod("web-1", "web", a);
+    assert_eq!(client.impersonated(token, &web).unwrap(), web);
+    // Its own needs no such right.
+    assert_eq!(client.identity(token).unwrap(), id(namespace, "proxy"));
+    assert_eq!(client.impersonated(token, "").unwrap(), id(namespace, "proxy"));
+
+    namespace.pod("db-1", "db", b);
+    assert_eq!(client.not_impersonated(token, &db), unauthenticated("IMPERSONATED_ELSEWHERE"));
+    assert_eq!(client.not_impersonated(token, &other), unauthenticated("IMPERSONATED_ELSEWHERE"));
+    for wanted in [
+        web.replace("cluster.local", "example.org"),
+        "web".to_owned(),
+        web.replace("/sa/", "/account/"),
+        format!("{web}/more"),
+    ] {
+        assert_eq!(
+            client.not_impersonated(token, &wanted),
+            unauthenticated("IMPERSONATED_MALFORMED"),
+            "{wanted}"
+        );
+    }
+    // An account that policy does not name, and a token that is bound to no pod.
+    let pod = namespace.pod("other-1", "other", a);
+    let untrusted = namespace.token("other", "istio-ca", Some(&pod));
+    assert_eq!(client.not_impersonated(&untrusted, &web), unauthenticated("IMPERSONATOR_UNKNOWN"));
+    let unbound = namespace.token("proxy", "istio-ca", None);
+    assert_eq!(client.not_impersonated(&unbound, &web), unauthenticated("IMPERSONATOR_UNBOUND"));
+
+    for phase in ["Failed", "Succeeded"] {
+        let name = format!("db-{}", phase.to_lowercase());
+        namespace.pod(&name, "db", a);
+        wait_for(Duration::from_secs(3), "the pod", || client.impersonated(token, &db).ok());
+        namespace.phase(&name, phase);
+        wait_for(Duration::from_secs(3), phase, || {
+            let refused = client.impersonated(token, &db).err()?;
+            (reason(&refused) == "IMPERSONATED_ELSEWHERE").then_some(())
+        });
+    }
+    namespace.delete_pod("web-1");
+    wait_for(Duration::from_secs(3), "the end of the pod", || {
+        let refused = client.impersonated(token, &web).err()?;
+        (reason(&refused) == "IMPERSONATED_ELSEWHERE").then_some(())
+    });
+
+    // The proxy's own pod runs no longer, though it is there.
+    namespace.pod("web-2", "web", a);
+    wait_for(Duration::from_secs(3), "the next pod", || client.impersonated(token, &web).ok());
+    namespace.phase(&proxy.name, "Failed");
+    wait_for(Duration::from_secs(3), "the end of the proxy", || {
+        let refused = client.impersonated(token, &web).err()?;
+        (reason(&refused) == "IMPERSONATOR_UNBOUND").then_some(())
+    });
+    assert!(mica.log().contains("IMPERSONATOR_UNBOUND"));
+}
+
+#[test]
+fn a_proxy_on_another_machine_of_the_same_name_gets_nobody() {
+    let plane = ControlPlane::shared();
+    let Mesh { namespace, place: _place, mica: _mica, client, nodes: [a, _], token, .. } =
+        &Mesh::start(plane);
+    let web = id(namespace, "web");
+    namespace.pod("web-1", "web", a);
+    assert_eq!(client.impersonated(token, &web).unwrap(), web);
+    plane.delete_node(&a.name);
+    plane.node(&a.name);
+    wait_for(Duration::from_secs(3), "the next node", || {
+        let refused = client.impersonated(token, &web).err()?;
+        (reason(&refused) == "IMPERSONATOR_UNBOUND").then_some(())
+    });
+}
+
+#[test]
+fn a_certificate_is_no_proof_for_asking_for_others() {
+    let plane = ControlPlane::shared();
+    let mesh = Mesh::start(plane);
+    let (namespace, web) = (&mesh.namespace, id(&mesh.namespace, "web"));
+    namespace.pod("web-1", "web", &mesh.nodes[0]);
+    assert_eq!(mesh.client.impersonated(&mesh.token, &web).unwrap(), web);
+    // A certificate of the proxy's, got with the token that would do.
+    let set = place_certificate(&mesh);
+    let channel = runtime().block_on(connect(&mesh.mica, &mesh.place, Some(set.path())));
+    let client = Client(channel);
+    assert_eq!(client.ask(None, None).unwrap(), id(namespace, "proxy"));
+    let refused = client.ask(None, Some(&web)).unwrap_err();
+    assert_eq!((refused.code(), reason(&refused)), unauthenticated("IMPERSONATOR_UNBOUND"));
+}
+
+/// Gets one for the proxy's token, and keeps it with its key.
+fn place_certificate(mesh: &Mesh<'_>) -> tempfile::TempDir {
+    let made = mica::sys::keys::generate(mica::core::key::KeyKind::P256).unwrap();
+    let id = id(&mesh.namespace, "proxy").parse().unwrap();
+    let der = mica::core::csr::workload(&made.signing().unwrap(), &id, &[]).unwrap();
+    let mut request = tonic::Request::new(ask(mica::core::pem::encode(mica::core::pem::CSR, &der)));
+    request.metadata_mut().insert("authorization", format!("Bearer {}", mesh.token).parse().unwrap());
+    let mut client = IstioCertificateServiceClient::new(mesh.client.0.clone());
+    let chain = runtime().block_on(client.create_certificate(request)).unwrap().into_inner().cert_chain;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("cert-chain.pem"), chain[..chain.len() - 1].concat()).unwrap();
+    std::fs::write(folder.path().join("key.pem"), made.to_pem().as_bytes()).unwrap();
+    folder
 }

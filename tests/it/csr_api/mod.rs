@@ -7,6 +7,7 @@ mod impostor;
 mod istio;
 mod peers;
 mod rotation;
+mod token;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
