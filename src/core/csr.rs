@@ -3,6 +3,7 @@
 //! Mica asks others with, and never reads one.
 
 use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyUsagePurpose, SanType};
+use x509_parser::asn1_rs::Any;
 use x509_parser::certification_request::{X509CertificationRequest, X509CertificationRequestInfo};
 use x509_parser::cri_attributes::ParsedCriAttribute;
 use x509_parser::der_parser::ber::parse_ber_set;
@@ -127,6 +128,10 @@ impl CheckedCsr {
             return Err(Error::Der);
         }
         let info = &csr.certification_request_info;
+        // The parser passes over what stands behind the last part that it knows.
+        if !has_parts(der, 3) || !has_parts(info.raw, 4) {
+            return Err(Error::Der);
+        }
         let key = PublicKey::from_spki(info.subject_pki.raw)?;
         let algorithm = algorithm_after(der, info.raw).ok_or(Error::Der)?;
         key.verify(algorithm, info.raw, &csr.signature_value.data).map_err(|fault| match fault {
@@ -242,6 +247,17 @@ fn requested_extensions<'a>(
     Ok(found)
 }
 
+/// Whether a DER value is made of so many others, to its last byte.
+fn has_parts(der: &[u8], wanted: usize) -> bool {
+    let Ok((_, whole)) = Any::from_der(der) else { return false };
+    let mut rest = whole.data;
+    for _ in 0..wanted {
+        let Ok((behind, _)) = Any::from_der(rest) else { return false };
+        rest = behind;
+    }
+    rest.is_empty()
+}
+
 /// The AlgorithmIdentifier stands between the signed part and the signature; the parser gives only its pieces.
 pub(crate) fn algorithm_after<'a>(der: &'a [u8], info: &[u8]) -> Option<&'a [u8]> {
     let start = info.as_ptr() as usize - der.as_ptr() as usize + info.len();
@@ -297,6 +313,19 @@ mod tests {
         let second = rcgen::Attribute { oid: &[1, 2, 840, 113549, 1, 9, 14], values: vec![0x31, 2, 0x30, 0] };
         let csr = parameters.serialize_request_with_attributes(&key, vec![second]).unwrap();
         assert!(matches!(CheckedCsr::from_der(csr.der()), Err(Error::Extension(_))));
+    }
+
+    #[test]
+    fn nothing_stands_behind_the_parts_of_a_csr() {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let der = workload(&key, &SpiffeId::parse("spiffe://cluster.local/a").unwrap(), &[]).unwrap();
+        assert!(has_parts(&der, 3) && !has_parts(&der, 2) && !has_parts(&der, 4));
+        // A NULL more, and the length of the whole, which takes one byte or two behind its own.
+        let mut longer = [&der[..], &[5, 0]].concat();
+        let last = usize::from(1 + (der[1] & 0x7f));
+        longer[last] += 2;
+        assert!(matches!(CheckedCsr::from_der(&der), Ok(_)));
+        assert!(matches!(CheckedCsr::from_der(&longer), Err(Error::Der)));
     }
 
     #[test]

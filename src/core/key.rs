@@ -157,6 +157,9 @@ impl PublicKey {
         if !rest.is_empty() {
             return Err(Error::Public("bytes follow the RSAPublicKey"));
         }
+        if rsa.modulus.first().is_some_and(|first| first & 0x80 != 0) {
+            return Err(Error::Public("its modulus is a negative number"));
+        }
         Ok(Self { kind: rsa_kind(rsa.modulus, rsa.exponent)?, spki: spki.to_owned() })
     }
 

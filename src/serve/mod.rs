@@ -2,6 +2,7 @@
 
 mod bounds;
 mod codes;
+mod grpc;
 mod health;
 mod istio;
 mod metrics;
@@ -39,6 +40,7 @@ use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertif
 use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
 use bounds::{Bounded, Unanswered};
+use grpc::GrpcOnly;
 use tls::ServingCertificate;
 
 /// Says whether Mica can do its work now.
@@ -93,28 +95,30 @@ pub async fn serve(
         .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
         .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
         // Its watchers stay for as long as they like.
-        .add_service(HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION))
-        .add_service(Bounded::new(
+        .add_service(GrpcOnly(
+            HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION),
+        ))
+        .add_service(GrpcOnly(Bounded::new(
             reflection().build_v1()?.max_decoding_message_size(LARGEST_QUESTION),
             REFLECTION,
-        ))
-        .add_service(Bounded::new(
+        )))
+        .add_service(GrpcOnly(Bounded::new(
             reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION),
             REFLECTION,
-        ))
-        .add_service(Bounded::new(
+        )))
+        .add_service(GrpcOnly(Bounded::new(
             IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             bounds::ANSWERED,
-        ))
-        .add_service(Bounded::new(
+        ))))
+        .add_service(GrpcOnly(Bounded::new(
             IstioCertificateServiceServer::new(istio.clone())
                 .max_decoding_message_size(bounds::LARGEST_MESSAGE),
             bounds::ANSWERED,
-        ))
-        .add_service(Bounded::new(
+        )))
+        .add_service(GrpcOnly(Bounded::new(
             IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             bounds::ANSWERED,
-        ))
+        )))
         .serve_with_incoming_shutdown(incoming, stop);
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {

@@ -55,7 +55,7 @@ pub(super) const ROWS: &[Row] = &[
     ("a certificate without an extended key usage", |s| s.by(s.ca.leaf(|p| p.extended_key_usages.clear())), Own(WEB)),
     ("a certificate for servers alone", |s| s.by(s.ca.leaf(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth])), MALFORMED),
     ("a certificate for signing code", |s| s.by(s.ca.leaf(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning])), MALFORMED),
-    ("a certificate with a critical extension that nobody knows", |s| s.by(s.ca.leaf(|p| p.custom_extensions.push(unknown(10, true)))), FOREIGN),
+    ("a certificate with a critical extension that nobody knows", |s| s.by(s.ca.leaf(|p| p.custom_extensions.push(unknown(10, true)))), Cut),
     ("a certificate with an extension of 60 kB", |s| s.by(s.ca.leaf(|p| p.custom_extensions.push(unknown(60_000, false)))), Own(WEB)),
     ("a certificate with an extension twice", |s| s.by(s.ca.leaf(|p| p.custom_extensions = vec![unknown(10, false), unknown(10, false)])), MALFORMED),
     ("a certificate whose last proof cannot be read", |s| s.by(s.ca.proved_at(b"\x18\x0fnever, honestly")), MALFORMED),

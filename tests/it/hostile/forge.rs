@@ -8,7 +8,7 @@ use mica::core::certificate::Certificate;
 use mica::core::pem;
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SigningKey as _,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -34,11 +34,9 @@ pub(super) const EXTENDED_KEY_USAGE: &[u8] = &[0x55, 0x1d, 0x25];
 /// Nobody's.
 pub(super) const UNKNOWN: &[u8] = &[0x2a, 0x03, 0x04, 0x05];
 
-/// Mica's own extension: 2.25 and a UUID.
-pub(super) const PROVED_AT: &[u8] = &[
-    0x69, 0x82, 0x8f, 0x83, 0xc3, 0x98, 0xb0, 0xed, 0xa2, 0x9b, 0xfb, 0xbe, 0xe6, 0xee, 0xbb, 0xf8, 0xc2,
-    0x8d, 0xd8, 0x18,
-];
+/// Mica's own extension: when the holder of a certificate last proved itself otherwise.
+pub(super) const PROVED_AT: &str =
+    "1.2.840.113556.1.8000.2554.34691.34401.34516.18173.48845.12181384.4418584";
 
 /// General names, by their tags.
 pub(super) const EMAIL: u8 = 0x81;
@@ -94,6 +92,8 @@ pub(super) struct Csr {
     pub(super) subject: Vec<u8>,
     pub(super) spki: Vec<u8>,
     pub(super) attributes: Vec<Vec<u8>>,
+    /// What stands behind the attributes.
+    pub(super) behind: Vec<u8>,
     /// The AlgorithmIdentifier of its signature.
     pub(super) algorithm: Vec<u8>,
 }
@@ -108,6 +108,7 @@ impl Csr {
             subject: sequence(&[]),
             spki,
             attributes: vec![requests(&[names(&[(URI, WEB.as_bytes())])])],
+            behind: Vec::new(),
             algorithm: ECDSA_SHA256.to_owned(),
         }
     }
@@ -115,7 +116,8 @@ impl Csr {
     /// As DER, with a signature of its own key.
     pub(super) fn der(&self) -> Vec<u8> {
         let attributes = tlv(0xa0, &self.attributes.concat());
-        let info = sequence(&[self.version.clone(), self.subject.clone(), self.spki.clone(), attributes]);
+        let parts = [&self.version, &self.subject, &self.spki, &attributes, &self.behind];
+        let info = sequence(&parts.map(Vec::clone));
         let signature = self.key.sign(&SystemRandom::new(), &info).unwrap();
         let signature = tlv(3, &[&[0], signature.as_ref()].concat());
         sequence(&[info, self.algorithm.clone(), signature])
@@ -218,19 +220,10 @@ impl Ca {
 
     /// Web's certificate with this for Mica's own extension, which says when its holder last proved itself.
     pub(super) fn proved_at(&self, value: &[u8]) -> Identity {
-        // rcgen writes no numbers of 128 bits, so it writes others and they are exchanged before it is signed again.
-        let mut stand_in = vec![1, 2];
-        stand_in.extend([5; 19]);
-        let extension = CustomExtension::from_oid_content(&stand_in, value.to_owned());
-        let mut identity = self.leaf(|params| params.custom_extensions.push(extension));
-        let (_, parsed) = x509_parser::parse_x509_certificate(&identity.chain[0]).unwrap();
-        let mut signed = parsed.tbs_certificate.as_ref().to_owned();
-        let at = signed.windows(19).position(|window| window == [5; 19]).unwrap();
-        signed[at - 1..at + 19].copy_from_slice(PROVED_AT);
-        let signature = self.issuer.key().sign(&signed).unwrap();
-        let signature = tlv(3, &[&[0], &signature[..]].concat());
-        identity.chain[0] = sequence(&[signed, ECDSA_SHA256.to_owned(), signature]).into();
-        identity
+        let arcs: Vec<u64> = PROVED_AT.split('.').map(|arc| arc.parse().unwrap()).collect();
+        self.leaf(|params| {
+            params.custom_extensions.push(CustomExtension::from_oid_content(&arcs, value.to_owned()));
+        })
     }
 
     /// This CA's own certificate and key.

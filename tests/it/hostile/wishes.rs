@@ -5,7 +5,7 @@ use prost_types::value::Kind;
 use prost_types::{ListValue, Struct, Value};
 use tonic::Code;
 
-use super::{Answer, Expected, LONGEST, Own, Row, Stage, WEB, invalid, unauthenticated, wire};
+use super::{Answer, Expected, LONGEST, Own, Row, Stage, TOO_LARGE, WEB, invalid, unauthenticated, wire};
 
 const MALFORMED: Expected = invalid("METADATA_MALFORMED");
 
@@ -45,7 +45,7 @@ pub(super) const ROWS: &[Row] = &[
     // The decoder's own end is at a hundred messages in one another.
     ("objects in objects, 1,000 deep", |s| deep(s, 1_000, &[(1, Some("a")), (5, None)]), Expected::Status(Code::Internal)),
     ("lists in lists, 4,000 deep", |s| deep(s, 4_000, &[(1, None), (6, None)]), Expected::Status(Code::Internal)),
-    ("metadata of 1 MB", |s| metadata(s, "large", text(&"a".repeat(1_000_000))), Expected::Status(Code::OutOfRange)),
+    ("metadata of 1 MB", |s| metadata(s, "large", text(&"a".repeat(1_000_000))), TOO_LARGE),
     ("the lifetime of another in the metadata", |s| metadata(s, "validity_duration", Kind::NumberValue(1e18)), Own(WEB)),
 ];
 
