@@ -106,7 +106,7 @@ fn what_the_authority_says_no_to_is_said_with_its_code_reason_and_sentence() {
     let mine = folder.to_str().unwrap();
     let with = |more: &[&str]| request(&place, &[&["--certificate", mine, "--out", "no"], more].concat());
     let said = refused(&with(&["--ttl", "1000d"]), 1, &["says no: INVALID_ARGUMENT (LIFETIME_TOO_LONG): "]);
-    assert!(said.starts_with(&mica.address("grpc")) && said.contains("the longest is 90d"), "{said}");
+    assert!(said.starts_with(&mica.address("grpc")) && said.contains("longer than 90d"), "{said}");
     let other = "spiffe://cluster.local/ns/shop/sa/other";
     refused(&with(&["--impersonate", other]), 1, &["says no: UNAUTHENTICATED (IMPERSONAT"]);
     let done = with(&["--ttl", "1000d", "--output", "json"]);
