@@ -326,7 +326,10 @@ impl Stage {
             (left <= allowed && left <= LONGEST, "no longer than allowed"),
             (left >= allowed / 2 - 60, "about as long as asked"),
             (leaf.validity.not_before >= now - Duration::from_secs(200), "not long before"),
-            (chain::verify(std::slice::from_ref(&leaf), &bundle, None, now).is_ok(), "what the bundle vouches for"),
+            (
+                chain::verify(std::slice::from_ref(&leaf), &bundle, None, now).is_ok(),
+                "what the bundle vouches for",
+            ),
         ] {
             if !holds {
                 return Err(format!("issued without {what}: {leaf:?}, {:?}, {left} s, {oids:?}", leaf.uris));
