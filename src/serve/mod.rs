@@ -109,7 +109,7 @@ pub async fn serve(
         .add_service(GrpcOnly(Bounded::new(
             IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             bounds::ANSWERED,
-        ))))
+        )))
         .add_service(GrpcOnly(Bounded::new(
             IstioCertificateServiceServer::new(istio.clone())
                 .max_decoding_message_size(bounds::LARGEST_MESSAGE),
