@@ -6,7 +6,9 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use time::{Duration, OffsetDateTime};
 
-use super::forge::{Ca, self_signed, uri};
+use super::forge::{Ca, self_signed, tlv, uri};
+use tonic::Code;
+
 use super::{Answer, Ask, Cut, DB, Expected, Identity, Own, Row, Stage, WEB, unauthenticated};
 
 const MALFORMED: Expected = unauthenticated("CERTIFICATE_MALFORMED");
@@ -44,6 +46,10 @@ pub(super) const ROWS: &[Row] = &[
     ("a certificate with a query behind its path", |s| named(s, "spiffe://cluster.local/ns/shop/sa/web?x"), MALFORMED),
     ("a certificate of an account that never was", |s| named(s, "spiffe://cluster.local/ns/shop/sa/nobody"), unauthenticated("ACCOUNT_GONE")),
     ("a certificate of an account that was removed", |s| s.by(s.gone.clone()), unauthenticated("ACCOUNT_GONE")),
+
+    ("a certificate of an account that policy denies", |s| named(s, "spiffe://cluster.local/ns/shop/sa/denied"), Expected::Refused(Code::PermissionDenied, "IDENTITY_DENIED")),
+    ("a certificate that was renewed for 31 days without a token", |s| s.by(s.ca.proved_at(&ago(Duration::days(31)))), unauthenticated("RENEWED_TOO_LONG")),
+    ("a certificate that was renewed for 29 days", |s| s.by(s.ca.proved_at(&ago(Duration::days(29)))), Own(WEB)),
 
     // What it is for.
     ("a certificate of a CA", |s| s.by(s.ca.leaf(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained))), MALFORMED),
@@ -114,4 +120,10 @@ fn tampered(mut identity: Identity) -> Identity {
     der[at + 4..at + 7].copy_from_slice(b"wea");
     identity.chain[0] = der.into();
     identity
+}
+
+/// A moment of the past, as a GeneralizedTime.
+fn ago(before: Duration) -> Vec<u8> {
+    let format = time::macros::format_description!("[year][month][day][hour][minute][second]Z");
+    tlv(0x18, (OffsetDateTime::now_utc() - before).format(format).unwrap().as_bytes())
 }

@@ -57,6 +57,8 @@ pub(super) const ROWS: &[Row] = &[
     ("a CSR with a common name of 10,000 bytes", |s| s.csr(csr(|c| c.subject = common_name(&[b'a'; 10_000]))), Own(WEB)),
     ("a CSR for Mica's own DNS name", |s| s.csr(asking(&[names(&[(DNS, b"istiod.istio-system.svc")])])), Own(WEB)),
     ("a CSR for a wildcard", |s| s.csr(asking(&[names(&[(DNS, b"*")])])), Own(WEB)),
+    // Names below one label of shop.svc are granted here, so these are not.
+    ("a CSR for names that are nearly those that policy grants", |s| s.csr(asking(&[names(&[(DNS, b"a.b.shop.svc"), (DNS, b"*.shop.svc"), (DNS, b".shop.svc"), (DNS, b"shop.svc"), (DNS, b"ashop.svc"), (DNS, b"a.shop.svc.evil"), (DNS, b"evil\0.shop.svc"), (DNS, b"a b.shop.svc")])])), Own(WEB)),
     ("a CSR for an address", |s| s.csr(asking(&[names(&[(IP, &[127, 0, 0, 1])])])), Own(WEB)),
     ("a CSR for an address of seven bytes", |s| s.csr(asking(&[names(&[(IP, &[1; 7])])])), Own(WEB)),
     ("a CSR for a mail address", |s| s.csr(asking(&[names(&[(EMAIL, b"root@example.org")])])), Own(WEB)),
@@ -199,7 +201,7 @@ fn element(der: &[u8]) -> usize {
 }
 
 /// An RSA key of a modulus and an exponent, both positive.
-fn rsa(modulus: &[u8], exponent: &[u8]) -> Vec<u8> {
+pub(super) fn rsa(modulus: &[u8], exponent: &[u8]) -> Vec<u8> {
     rsa_raw(&[&[0], modulus].concat(), exponent)
 }
 

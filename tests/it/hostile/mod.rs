@@ -7,10 +7,11 @@
 mod certificates;
 mod csrs;
 mod forge;
+mod tokens;
 mod wire;
 mod wishes;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::SocketAddr;
@@ -45,6 +46,11 @@ use forge::Ca;
 /// The account that asks in most rows, and another one that is there too.
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 const DB: &str = "spiffe://cluster.local/ns/shop/sa/db";
+const POLICY: &str = "
+forwarders: ['spiffe://cluster.local/ns/shop/sa/gateway']
+namespaces: {shop: {dns: ['*.shop.svc']}}
+accounts: {shop/denied: {deny: true}}
+";
 /// The longest lifetime that Mica is told to grant, in seconds.
 const LONGEST: i64 = 48 * 3_600;
 const CREATE_CERTIFICATE: &str = "CreateCertificate";
@@ -108,12 +114,19 @@ struct Stage {
     address: SocketAddr,
     /// Mica's own CA in the wrong hands: it signs whatever a row wants.
     ca: Ca,
+    issuer: tokens::Issuer,
     web: Identity,
     db: Identity,
+    /// A proxy that policy names.
+    gateway: Identity,
     /// Of an account that was removed since.
     gone: Identity,
+    gone_token: String,
+    /// Of one that was removed, and came again.
+    reborn_token: String,
     /// What must not stand in the log.
     secrets: RefCell<Vec<String>>,
+    turn: Cell<usize>,
 }
 
 /// What a client proves itself with in TLS. Nothing in it needs to fit.
@@ -143,16 +156,24 @@ struct Ask {
 impl Stage {
     fn new() -> Self {
         let place = Place::new();
-        for account in ["web", "db", "gone"] {
+        for account in ["web", "db", "gateway", "denied", "gone", "reborn"] {
             place.account(account);
         }
-        let mica = place.start(&["--max-ttl", "48h", "--log-level", "debug", "--log-format", "json"]);
+        let issuer = tokens::Issuer::new();
+        let file = |name: &str, text: &str| {
+            let path = place.root.path().join(name);
+            fs::write(&path, text).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let jwks = file("jwks.json", &issuer.jwks.to_string());
+        let policy = file("policy.yaml", POLICY);
+        let arguments = ["--token-issuer", tokens::ISSUER, "--token-jwks", &jwks, "--policy", &policy];
+        let logged = ["--max-ttl", "48h", "--log-level", "debug", "--log-format", "json"];
+        let mica = place.start(&[&arguments[..], &logged].concat());
         place.leaf("web");
-        let gone = Identity::delivered(&place, "gone");
-        fs::remove_file(place.source().join("gone.yaml")).unwrap();
-        wait_for(Duration::from_secs(5), "the removal", || {
-            (!place.folder("shop", "gone").exists()).then_some(())
-        });
+        let [web, db, gateway, gone] =
+            ["web", "db", "gateway", "gone"].map(|account| Identity::delivered(&place, account));
+        let [gone_token, reborn_token] = ["gone", "reborn"].map(|account| issuer.token(account));
         let stage = Self {
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(1)
@@ -161,12 +182,17 @@ impl Stage {
                 .unwrap(),
             address: mica.address("grpc").parse().unwrap(),
             ca: Ca::of_mica(&place),
-            web: Identity::delivered(&place, "web"),
-            db: Identity::delivered(&place, "db"),
-            gone,
             place,
             mica,
+            issuer,
+            web,
+            db,
+            gateway,
+            gone,
+            gone_token,
+            reborn_token,
             secrets: RefCell::default(),
+            turn: Cell::default(),
         };
         let read = |path: std::path::PathBuf| fs::read_to_string(path).unwrap();
         for key in [
@@ -176,6 +202,20 @@ impl Stage {
             // A line of base64 in the middle of it.
             stage.is_secret(key.lines().nth(1).unwrap());
         }
+        // Whatever was found out about those that will be gone is found out before.
+        for token in [&stage.gone_token, &stage.reborn_token] {
+            let answer = stage.bearer(token);
+            assert!(matches!(answer, Answer::Issued(_)), "{answer:?}");
+        }
+        for account in ["gone", "reborn"] {
+            fs::remove_file(stage.place.source().join(format!("{account}.yaml"))).unwrap();
+        }
+        wait_for(Duration::from_secs(5), "the removal", || {
+            let left = ["gone", "reborn"].map(|account| stage.place.folder("shop", account).exists());
+            (left == [false; 2]).then_some(())
+        });
+        stage.place.account("reborn");
+        stage.place.wait_for_account("reborn", Duration::from_secs(2));
         stage
     }
 
@@ -338,10 +378,14 @@ impl Stage {
         Ok(())
     }
 
-    /// An honest caller, over a connection of its own.
+    /// An honest caller, over a connection of its own: by turns with a certificate and a token.
     fn is_served(&self) -> Result<(), String> {
-        let ask = self.ask();
-        self.judge(&self.send(ask), Own(WEB)).map_err(|fault| format!("then an honest request: {fault}"))
+        self.turn.set(self.turn.get() + 1);
+        let answer = match self.turn.get() % 2 {
+            0 => self.send(self.ask()),
+            _ => self.bearer(&self.issuer.token("web")),
+        };
+        self.judge(&answer, Own(WEB)).map_err(|fault| format!("then an honest request: {fault}"))
     }
 
     /// Plays a table, and counts what the metrics have to have counted.
@@ -409,7 +453,10 @@ impl Stage {
 fn every_hostile_request_is_refused_or_gets_the_callers_own_identity() {
     let stage = Stage::new();
     let tables = [
-        (CREATE_CERTIFICATE, [wire::ROWS, certificates::ROWS, csrs::ROWS, wishes::ROWS].concat()),
+        (
+            CREATE_CERTIFICATE,
+            [wire::ROWS, tokens::ROWS, certificates::ROWS, csrs::ROWS, wishes::ROWS].concat(),
+        ),
         (HANDLE_CSR, csrs::HANDLE_CSR.to_vec()),
     ];
     let (mut names, mut faults) = (BTreeSet::new(), Vec::new());
