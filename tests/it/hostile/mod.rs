@@ -7,6 +7,7 @@
 mod certificates;
 mod csrs;
 mod forge;
+mod lessons;
 mod tokens;
 mod wire;
 mod wishes;
@@ -455,9 +456,9 @@ fn every_hostile_request_is_refused_or_gets_the_callers_own_identity() {
     let tables = [
         (
             CREATE_CERTIFICATE,
-            [wire::ROWS, tokens::ROWS, certificates::ROWS, csrs::ROWS, wishes::ROWS].concat(),
+            [wire::ROWS, tokens::ROWS, certificates::ROWS, csrs::ROWS, wishes::ROWS, lessons::ROWS].concat(),
         ),
-        (HANDLE_CSR, csrs::HANDLE_CSR.to_vec()),
+        (HANDLE_CSR, [csrs::HANDLE_CSR, lessons::HANDLE_CSR].concat()),
     ];
     let (mut names, mut faults) = (BTreeSet::new(), Vec::new());
     for (method, rows) in &tables {

@@ -109,7 +109,7 @@ pub(super) const ROWS: &[Row] = &[
     ("another type of token", |s| header(s, json!({"alg": "RS256", "kid": "rsa", "typ": "secevent+jwt"})), MALFORMED),
     ("an encrypted token", |s| s.bearer("eyJhbGciOiJkaXIiLCJlbmMiOiJBMTI4R0NNIn0.AAAA.AAAA.AAAA.AAAA"), MALFORMED),
     ("the attacker's own key in the header", |s| elsewhere(s, |attacker, _| json!({"alg": "RS256", "kid": "rsa", "jwk": attacker.jwks["keys"][0]}), false), SIGNATURE),
-    ("the attacker's own keys at an address in the header", |s| elsewhere(s, |_, place| json!({"alg": "RS256", "kid": "rsa", "jku": place, "x5u": place}), false), SIGNATURE),
+    ("the attacker's own keys at an address in the header", address_of_keys, SIGNATURE),
     ("the attacker's own certificate in the header", |s| elsewhere(s, |attacker, _| json!({"alg": "RS256", "kid": "rsa", "x5c": [STANDARD.encode(&attacker.public_der)]}), false), SIGNATURE),
     ("an address in the header of a good token, where nobody looks", |s| elsewhere(s, |_, place| json!({"alg": "RS256", "kid": "rsa", "jku": place, "x5u": place}), true), Own(WEB)),
     ("the key's name with the attacker's signature", |s| s.bearer(&Issuer::new().rsa(&HEADER_RS.parse().unwrap(), &claims_of(json!({})))), SIGNATURE),
@@ -283,7 +283,7 @@ impl Stage {
         self.send(Ask { identity: None, headers, ..self.ask() })
     }
 
-    fn both(&self, identity: &super::Identity, authorization: &str) -> Answer {
+    pub(super) fn both(&self, identity: &super::Identity, authorization: &str) -> Answer {
         let headers = vec![("authorization", authorization.to_owned())];
         self.send(Ask { identity: Some(identity.clone()), headers, ..self.ask() })
     }
@@ -298,7 +298,7 @@ fn encoded(bytes: impl AsRef<[u8]>) -> String {
 }
 
 /// Web's claims as Kubernetes makes them, with others in their place; null leaves one out.
-fn claims_of(other: Value) -> String {
+pub(super) fn claims_of(other: Value) -> String {
     let mut claims = json!({
         "aud": ["istio-ca"], "iss": ISSUER, "exp": now() + 600, "iat": now(), "nbf": now(), "jti": "1f0c",
         "sub": "system:serviceaccount:shop:web",
@@ -325,23 +325,23 @@ fn claims_for(account: &str) -> String {
 }
 
 /// A good token with other claims.
-fn claims(stage: &Stage, other: Value) -> Answer {
+pub(super) fn claims(stage: &Stage, other: Value) -> Answer {
     text(stage, &claims_of(other))
 }
 
-fn raw_claims(stage: &Stage, change: fn(&mut serde_json::Map<String, Value>)) -> Answer {
+pub(super) fn raw_claims(stage: &Stage, change: fn(&mut serde_json::Map<String, Value>)) -> Answer {
     let mut claims: Value = claims_of(json!({})).parse().unwrap();
     change(claims.as_object_mut().unwrap());
     text(stage, &claims.to_string())
 }
 
 /// A token of the issuer with this for its claims.
-fn text(stage: &Stage, claims: &str) -> Answer {
+pub(super) fn text(stage: &Stage, claims: &str) -> Answer {
     stage.bearer(&stage.issuer.rsa(&HEADER_RS.parse().unwrap(), claims))
 }
 
 /// A token of the issuer with this subject.
-fn of(stage: &Stage, subject: &str) -> Answer {
+pub(super) fn of(stage: &Stage, subject: &str) -> Answer {
     claims(stage, json!({"sub": subject, "kubernetes.io": null}))
 }
 
@@ -371,6 +371,11 @@ fn elsewhere(stage: &Stage, header: fn(&Issuer, &str) -> Value, good: bool) -> A
     listener.set_nonblocking(true).unwrap();
     assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock, "the address was asked");
     answer
+}
+
+/// The attacker's own keys, at an address that only its token names.
+pub(super) fn address_of_keys(stage: &Stage) -> Answer {
+    elsewhere(stage, |_, place| json!({"alg": "RS256", "kid": "rsa", "jku": place, "x5u": place}), false)
 }
 
 /// A good token with its three parts changed.
@@ -410,7 +415,7 @@ fn word(stage: &Stage, word: &str) -> Answer {
     said(stage, Some(stage.gateway.clone()), &[word])
 }
 
-fn said(stage: &Stage, identity: Option<super::Identity>, words: &[&str]) -> Answer {
+pub(super) fn said(stage: &Stage, identity: Option<super::Identity>, words: &[&str]) -> Answer {
     let headers = words.iter().map(|word| (XFCC, (*word).to_owned())).collect();
     stage.send(Ask { identity, headers, ..stage.ask() })
 }

@@ -49,7 +49,7 @@ pub(super) const ROWS: &[Row] = &[
     ("trailers alone", |s| call(s, |c| { c.body.clear(); c.trailers = true }), INTERNAL),
     ("trailers behind the message", |s| call(s, |c| c.trailers = true), Own(WEB)),
     ("a message shorter than it says", |s| call(s, |c| c.body.truncate(100)), INTERNAL),
-    ("a message that says it has 4 GB", |s| call(s, |c| c.body[1..5].fill(0xff)), TOO_LARGE),
+    ("a message that says it has 4 GB", says_4_gb, TOO_LARGE),
     ("a message over the limit", |s| message(s, |_| vec![0; 100_000]), TOO_LARGE),
     ("a message that says it is compressed", |s| call(s, |c| c.body[0] = 1), INTERNAL),
     ("a message compressed in a way that nobody takes", |s| call(s, |c| { c.body[0] = 1; c.header("grpc-encoding", "gzip") }), UNIMPLEMENTED),
@@ -94,7 +94,7 @@ pub(super) const ROWS: &[Row] = &[
     ("HTTP/1.1 in plain text", |s| said(plain(s, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")), Cut),
     ("a hello of SSL 2", |s| said(plain(s, &[0x80, 0x2e, 1, 0, 2, 0, 0x15, 0, 0, 0, 0x10, 1, 0, 0x80])), Cut),
     ("a record longer than any", |s| said(plain(s, &[&[0x16, 3, 1, 0xff, 0xff][..], &[1; 70_000]].concat())), Cut),
-    ("a hello that is none", |s| said(plain(s, &[0x16, 3, 1, 0, 5, 1, 0, 0, 1, 0])), Cut),
+    ("a hello that is none", babble, Cut),
     ("TLS 1.1", tls_1_1, Cut),
 ];
 
@@ -127,7 +127,7 @@ fn unagreed(stage: &Stage) -> Answer {
     call_with(stage, &[], |_| ())
 }
 
-fn path(stage: &Stage, path: &str) -> Answer {
+pub(super) fn path(stage: &Stage, path: &str) -> Answer {
     call(stage, |call| call.path = path.to_owned())
 }
 
@@ -137,6 +137,15 @@ pub(super) fn message(stage: &Stage, change: impl FnOnce(Vec<u8>) -> Vec<u8>) ->
         let message = change(call.body[5..].to_vec());
         call.body = framed(&message);
     })
+}
+
+pub(super) fn says_4_gb(stage: &Stage) -> Answer {
+    call(stage, |call| call.body[1..5].fill(0xff))
+}
+
+/// The beginning of TLS, and then nothing that is.
+pub(super) fn babble(stage: &Stage) -> Answer {
+    said(plain(stage, &[0x16, 3, 1, 0, 5, 1, 0, 0, 1, 0]))
 }
 
 fn framed(message: &[u8]) -> Vec<u8> {
@@ -204,7 +213,7 @@ fn field(name: &str, value: &str) -> Vec<u8> {
 }
 
 /// Those of an honest request for this path.
-fn headers(path: &str) -> Vec<u8> {
+pub(super) fn headers(path: &str) -> Vec<u8> {
     [
         field(":method", "POST"),
         field(":scheme", "https"),
@@ -217,7 +226,7 @@ fn headers(path: &str) -> Vec<u8> {
 }
 
 /// One request in HTTP/2 frames made by hand, for which http's types would not do.
-fn frames(stage: &Stage, headers: &[u8]) -> Answer {
+pub(super) fn frames(stage: &Stage, headers: &[u8]) -> Answer {
     let asked = mtls::ask(mtls::csr(WEB));
     let (spki, lifetime) = (spki(&asked.csr), asked.validity_duration);
     let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
