@@ -76,8 +76,8 @@ impl IstioCaService for Istio {
     }
 }
 
-/// Other keys are left alone: agents send them to other authorities.
-fn wishes(metadata: Option<&Struct>) -> Result<Wishes, Refusal> {
+/// What the metadata of CreateCertificate wishes. Other keys are left alone: agents send them to other authorities.
+pub fn wishes(metadata: Option<&Struct>) -> Result<Wishes, Refusal> {
     let mut wishes = Wishes::default();
     let Some(metadata) = metadata else { return Ok(wishes) };
     let kind = |key: &str| metadata.fields.get(key).and_then(|value: &Value| value.kind.as_ref());

@@ -29,6 +29,7 @@ use tonic::transport::Server;
 use tonic::transport::server;
 
 pub use codes::DOMAIN;
+pub use istio::wishes;
 pub use metrics::Metrics;
 pub use requests::{Ask, Requests, Wishes};
 

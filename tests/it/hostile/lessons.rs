@@ -135,6 +135,15 @@ fn within(stage: &Stage, ask: impl Fn(&Stage) -> Answer) -> Answer {
 }
 
 #[test]
+fn every_lesson_is_in_the_document() {
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/security-lessons.md");
+    let document = fs::read_to_string(document).unwrap();
+    for (name, ..) in ROWS.iter().chain(HANDLE_CSR) {
+        assert!(document.contains(&format!("`{name}`")), "{name}");
+    }
+}
+
+#[test]
 fn no_dependency_is_of_a_version_with_a_known_fault() {
     let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
     let version =
