@@ -144,6 +144,9 @@ where
 {
     while let Some(number) = run.begin() {
         let due = started + Duration::from_secs_f64(number as f64 / rate.max(1e-3));
+        if due >= run.end {
+            return;
+        }
         loop {
             match due.saturating_duration_since(Instant::now()) {
                 Duration::ZERO => break,
