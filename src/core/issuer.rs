@@ -264,6 +264,11 @@ impl Issuer {
         self.mint(order, Validity::below(Some(self.window), now, order.lifetime), serial)
     }
 
+    /// Whether issuing takes long ([`IssuerKey::is_slow`]).
+    pub fn is_slow(&self) -> bool {
+        self.key.is_slow()
+    }
+
     /// Whether anything can be issued at a time.
     pub fn usable(&self, now: OffsetDateTime) -> Result<(), Error> {
         if self.window.contains(now) {

@@ -3,6 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::block_in_place;
 use tokio::time::Instant;
 use tracing::{Instrument as _, debug_span};
 
@@ -139,7 +141,10 @@ impl Requests {
             trace: trace_id(evidence),
         };
         let _sign = debug_span!("sign").entered();
-        self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
+        let issue = || self.authority.issue(&order, now, &cause).map_err(unusable_issuer);
+        // The turn is held, so that there are never more slow signatures than turns; the thread's other tasks go elsewhere.
+        let blocks = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
+        if blocks && self.authority.issuer().is_slow() { block_in_place(issue) } else { issue() }
     }
 
     /// What [`Requests::grant`] would do, and why. Nothing is issued, and nothing booked.
