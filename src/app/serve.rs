@@ -190,6 +190,7 @@ async fn run_with(
         csr_metrics,
     ));
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
+    certificate.begin();
 
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     let (said, taken) = (policy.clone(), tokens.clone());

@@ -1,8 +1,8 @@
 //! Tokens in the `authorization` header: of service accounts, and of other issuers whose subjects stand for accounts.
 //!
 //! A token's own `iss` chooses the issuer, and so the keys that it is verified with. What was found out about it is
-//! remembered for [`KEPT`], and never past its expiry or a change of the issuer's keys. Whether account and pod live is
-//! not remembered: that is asked at each request by whoever asked this.
+//! remembered for five minutes at most, and never past its expiry or a change of the issuer's keys. Whether account and
+//! pod live is not remembered: that is asked at each request by whoever asked this.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -73,6 +73,12 @@ impl ServingCertificate {
         Self { authority, names, current: ArcSwap::from_pointee(None) }
     }
 
+    /// Gets the first one, so that whoever is told of the port finds it there. A fault is [`ServingCertificate::keep`]'s to
+    /// tell, and to mend.
+    pub fn begin(&self) {
+        let _ = self.renew(clock::now());
+    }
+
     /// Keeps it fresh, for ever.
     pub async fn keep(&self) {
         let mut told = None;
