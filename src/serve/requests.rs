@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
+use tokio::task::block_in_place;
 use tokio::time::Instant;
 use tracing::{Instrument as _, debug_span};
 
@@ -139,7 +140,9 @@ impl Requests {
             trace: trace_id(evidence),
         };
         let _sign = debug_span!("sign").entered();
-        self.authority.issue(&order, now, &cause).map_err(unusable_issuer)
+        let issue = || self.authority.issue(&order, now, &cause).map_err(unusable_issuer);
+        // An RSA signature takes a millisecond and more: the connections go on, on another thread.
+        if self.authority.issuer().signs_slowly() { block_in_place(issue) } else { issue() }
     }
 
     /// What [`Requests::grant`] would do, and why. Nothing is issued, and nothing booked.
