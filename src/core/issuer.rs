@@ -10,7 +10,7 @@ use super::certificate::{self, Certificate, SerialNumber};
 use super::chain;
 use super::check::{self, check};
 use super::der::Writer;
-use super::key::{self, IssuerKey, PublicKey};
+use super::key::{self, IssuerKey, KeyKind, PublicKey};
 use super::lifetime::{Lifetime, Validity, shown};
 use super::pem;
 use super::profile::{Profile, Template};
@@ -264,11 +264,6 @@ impl Issuer {
         self.mint(order, Validity::below(Some(self.window), now, order.lifetime), serial)
     }
 
-    /// Whether issuing takes long ([`IssuerKey::is_slow`]).
-    pub fn is_slow(&self) -> bool {
-        self.key.is_slow()
-    }
-
     /// Whether anything can be issued at a time.
     pub fn usable(&self, now: OffsetDateTime) -> Result<(), Error> {
         if self.window.contains(now) {
@@ -314,6 +309,11 @@ impl Issuer {
     /// The roots.
     pub fn bundle(&self) -> &Arc<TrustBundle> {
         &self.bundle
+    }
+
+    /// Whether a signature takes so long that others should not wait for it on the same thread.
+    pub fn signs_slowly(&self) -> bool {
+        matches!(self.key.public().kind(), KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096)
     }
 
     /// When it can issue, which no certificate of it outlives.
@@ -379,7 +379,6 @@ fn sign(key: &dyn IssuerKey, template: &Template<'_>) -> Result<Issued, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::key::KeyKind;
     use crate::sys::keys;
     use time::macros::datetime;
 

@@ -452,12 +452,6 @@ pub trait IssuerKey: Send + Sync {
     fn public(&self) -> &PublicKey;
     /// Signs a message. May be slow.
     fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Error>;
-
-    /// Whether signing takes so long that others should not wait for the thread meanwhile: a millisecond, or an answer
-    /// from elsewhere.
-    fn is_slow(&self) -> bool {
-        matches!(self.public().kind(), KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096)
-    }
 }
 
 /// A private key in memory that is ready to sign.

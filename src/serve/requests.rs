@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
-use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::block_in_place;
 use tokio::time::Instant;
 use tracing::{Instrument as _, debug_span};
@@ -142,9 +141,8 @@ impl Requests {
         };
         let _sign = debug_span!("sign").entered();
         let issue = || self.authority.issue(&order, now, &cause).map_err(unusable_issuer);
-        // The turn is held, so that there are never more slow signatures than turns; the thread's other tasks go elsewhere.
-        let blocks = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
-        if blocks && self.authority.issuer().is_slow() { block_in_place(issue) } else { issue() }
+        // An RSA signature takes a millisecond and more: the connections go on, on another thread.
+        if self.authority.issuer().signs_slowly() { block_in_place(issue) } else { issue() }
     }
 
     /// What [`Requests::grant`] would do, and why. Nothing is issued, and nothing booked.

@@ -14,6 +14,9 @@ use mica::core::profile::Profile;
 use mica::sys::keys;
 use time::OffsetDateTime;
 
+use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+
+use super::mtls;
 use super::{Place, tree, wait_for};
 use crate::fixtures::run;
 use crate::parts;
@@ -264,8 +267,20 @@ fn keys_of_every_form_are_taken_and_those_that_do_not_fit_are_refused() {
     };
     for folder in [&rsa, &ec, &ed] {
         let place = fresh();
-        place.start(&["--authority", folder.to_str().unwrap()]).stop();
+        let mica = place.start(&["--authority", folder.to_str().unwrap()]);
         openssl_accepts(&place, "web");
+        // Over the CSR API too, several at once: an RSA signature is made beside the connections.
+        tokio::runtime::Runtime::new().unwrap().block_on(async {
+            let channel = mtls::connect(&mica, &place, Some(&place.folder("shop", "web"))).await;
+            let mut asked = tokio::task::JoinSet::new();
+            for _ in 0..16 {
+                let mut client = IstioCertificateServiceClient::new(channel.clone());
+                let request = mtls::ask(mtls::csr("spiffe://cluster.local/ns/shop/sa/web"));
+                asked.spawn(async move { client.create_certificate(request).await.unwrap() });
+            }
+            assert_eq!(asked.join_all().await.len(), 16);
+        });
+        mica.stop();
     }
     // PKCS#1 and SEC1.
     for (folder, kind) in [(&rsa, "rsa"), (&ec, "ec")] {
