@@ -45,6 +45,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tonic::codegen::http::HeaderValue;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
@@ -110,6 +111,14 @@ fn wire() {
         rows.add("CreateCertificate, us", kept);
         rows.add("CreateCertificate / floor (goal 2.0)", kept / floor);
         rows.add("above floor and echo, us (at most 15)", kept - floor - echoed);
+        let with_token = place.client_with_tokens(&mica, 1);
+        measured(mica.pid(), &with_token, &Load { requests: 64, ..KEPT });
+        let (seen, _) = measured(mica.pid(), &with_token, &KEPT);
+        let (first, _) = measured(mica.pid(), &place.client_with_tokens(&mica, REQUESTS as usize), &KEPT);
+        rows.add("with a token seen before, us", seen);
+        rows.add("with a token seen before / floor (goal 2.0)", seen / floor);
+        rows.add("the same, above floor and echo, us (at most 15)", seen - floor - echoed);
+        rows.add("with a token never seen, us", first);
         rows.add("on a new connection, us", anew);
         rows.add("on a new connection / on a kept one", anew / kept);
         rows.add("requests a second, the server on one core", outcome.throughput());
@@ -311,7 +320,7 @@ fn measured(pid: u32, client: &Client, load: &Load) -> (f64, Outcome) {
 fn put(client: &Client, load: &Load) -> Outcome {
     on(&[CORES.1], || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let call = Call::new("localhost", None, &client.requests);
+        let call = Call::new("localhost", None, &client.requests).with_authorizations(client.tokens.clone());
         let client = client.clone();
         runtime.block_on(bench::put(move || client.clone().connect(), call, load))
     })
@@ -337,6 +346,7 @@ struct Client {
     address: SocketAddr,
     tls: TlsConnector,
     requests: Vec<IstioCertificateRequest>,
+    tokens: Vec<HeaderValue>,
 }
 
 impl Client {
@@ -358,7 +368,7 @@ impl Client {
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.resumption = rustls::client::Resumption::disabled();
-        Self { address, tls: TlsConnector::from(Arc::new(config)), requests: asked(id) }
+        Self { address, tls: TlsConnector::from(Arc::new(config)), requests: asked(id), tokens: Vec::new() }
     }
 
     async fn connect(self) -> Result<TlsStream<TcpStream>, String> {
@@ -500,7 +510,7 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
         command.arg("serve").arg(self.path("manifests")).arg("--data-dir").arg(self.path("data"));
         command.args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.arg("--trial-tokens").stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(fs::File::create(self.path("log")).unwrap());
         let child = on(cores, || command.spawn().unwrap());
         let addresses = self.path("data/addresses.json");
@@ -522,6 +532,25 @@ impl Place {
         let domain = TrustDomain::parse("cluster.local").unwrap();
         let id = ServiceAccount::new(NAMESPACE, ACCOUNT).unwrap().spiffe_id(&domain);
         Client::new(mica.address, &roots, Some(&folder), &id)
+    }
+}
+
+impl Place {
+    /// One that shows tokens in place of a certificate, as many different ones.
+    fn client_with_tokens(&self, mica: &Mica, count: usize) -> Client {
+        let roots = fs::read(self.path("data/root-cert.pem")).unwrap();
+        let domain = TrustDomain::parse("cluster.local").unwrap();
+        let account = ServiceAccount::new(NAMESPACE, ACCOUNT).unwrap();
+        let mut client = Client::new(mica.address, &roots, None, &account.spiffe_id(&domain));
+        let key = mica::auth::trial::open(&self.path("data")).unwrap();
+        let token = || {
+            let (now, hour) = (clock::now(), "1h".parse().unwrap());
+            let id = keys::random_bytes().unwrap();
+            let token = mica::core::token::trial::token(&key, &account, "istio-ca", now, hour, id).unwrap();
+            HeaderValue::from_str(&format!("Bearer {token}")).unwrap()
+        };
+        client.tokens = (0..count).map(|_| token()).collect();
+        client
     }
 }
 

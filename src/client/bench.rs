@@ -13,6 +13,7 @@ use prost::bytes::{BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tonic::codegen::http::header::AUTHORIZATION;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Request};
 use tonic::{Code, Status};
 
@@ -46,6 +47,8 @@ pub struct Load {
 /// What is asked.
 pub struct Call {
     request: Request<()>,
+    /// One after the other; none for what the request has itself.
+    authorizations: Vec<HeaderValue>,
     messages: Vec<Bytes>,
 }
 
@@ -59,8 +62,15 @@ impl Call {
         headers.insert("content-type", HeaderValue::from_static("application/grpc"));
         headers.insert("te", HeaderValue::from_static("trailers"));
         headers.insert("user-agent", HeaderValue::from_static(concat!("mica/", env!("CARGO_PKG_VERSION"))));
-        headers.extend(authorization.map(|value| (tonic::codegen::http::header::AUTHORIZATION, value)));
-        Self { request, messages: requests.iter().map(framed).collect() }
+        headers.extend(authorization.map(|value| (AUTHORIZATION, value)));
+        Self { request, authorizations: Vec::new(), messages: requests.iter().map(framed).collect() }
+    }
+
+    /// With these authorization headers, one after the other.
+    #[must_use]
+    pub fn with_authorizations(mut self, authorizations: Vec<HeaderValue>) -> Self {
+        self.authorizations = authorizations;
+        self
     }
 }
 
@@ -144,6 +154,9 @@ where
 {
     while let Some(number) = run.begin() {
         let due = started + Duration::from_secs_f64(number as f64 / rate.max(1e-3));
+        if due >= run.end {
+            return;
+        }
         loop {
             match due.saturating_duration_since(Instant::now()) {
                 Duration::ZERO => break,
@@ -209,7 +222,7 @@ where
                 let slot = lane % slots;
                 match self.client(slot).await {
                     Ok((client, generation)) => {
-                        let answer = exchange(client, self.request(), self.message(number)).await;
+                        let answer = exchange(client, self.request(number), self.message(number)).await;
                         if answer.is_err() {
                             self.forget(slot, generation).await;
                         }
@@ -240,7 +253,7 @@ where
         let (client, connection) = connect((self.dial)()).await?;
         let mut driver = JoinSet::new();
         driver.spawn(drive(connection));
-        let answer = exchange(client, self.request(), self.message(number)).await;
+        let answer = exchange(client, self.request(number), self.message(number)).await;
         // With the last handle gone the connection says goodbye.
         driver.join_next().await;
         answer
@@ -265,8 +278,13 @@ where
         }
     }
 
-    fn request(&self) -> Request<()> {
-        self.call.request.clone()
+    fn request(&self, number: u64) -> Request<()> {
+        let mut request = self.call.request.clone();
+        if let Some(last) = self.call.authorizations.len().checked_sub(1) {
+            let value = self.call.authorizations[number as usize % (last + 1)].clone();
+            request.headers_mut().insert(AUTHORIZATION, value);
+        }
+        request
     }
 
     fn message(&self, number: u64) -> Bytes {

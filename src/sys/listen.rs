@@ -161,6 +161,23 @@ impl Stream {
         Poll::Pending
     }
 
+    /// What came of writing, while the client takes something now and then.
+    fn unless_stalled(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let since = *self.stalled.get_or_insert_with(Instant::now);
+        if self.stays.as_ref().is_some_and(|(idle, _)| since.elapsed() > *idle) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        self.unless_over(cx)
+    }
+
     /// Whoever is pushed out stays so.
     fn is_pushed_out(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(pushed_out) = &mut self.pushed_out else { return false };
@@ -198,15 +215,20 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.inner).poll_write(cx, bytes);
-        if written.is_ready() {
-            self.stalled = None;
-            return written;
-        }
-        let since = *self.stalled.get_or_insert_with(Instant::now);
-        if self.stays.as_ref().is_some_and(|(idle, _)| since.elapsed() > *idle) {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        self.unless_over(cx)
+        self.unless_stalled(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write_vectored(cx, pieces);
+        self.unless_stalled(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
