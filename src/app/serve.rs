@@ -71,7 +71,6 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
     let policy = LivingPolicy::open(args.policy.as_deref(), limits).map_err(usage)?;
     telemetry::start(args.log_format, args.log_level);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| Error::Fault(format!("cannot start the runtime: {e}")))?;
