@@ -31,7 +31,7 @@ const ROOMS: &[Room] = &[
     Room { name: "reconcile", rank: 5, may: &["core", "sys", "telemetry", "authority", "source::", "sink::"] },
     Room { name: "auth",      rank: 5, may: &["core", "sys", "telemetry", "authority"] },
     // Implements the traits of others on an API server.
-    Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "auth::", "source::"] },
+    Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "auth::", "source::", "sink::", "store::"] },
     Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "proto", "authority", "auth"] },
     Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
     // The client's side of the CSR API: what the commands that ask a running Mica share.

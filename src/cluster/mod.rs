@@ -1,6 +1,7 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
 mod known;
+mod lease;
 mod live;
 mod metrics;
 mod objects;
@@ -17,6 +18,7 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
+pub use lease::Leadership;
 pub use objects::Objects;
 pub use review::TokenReviews;
 
@@ -35,6 +37,9 @@ pub const PERMISSIONS: &str = "\
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
 ";
+
+/// As whom Mica writes: the field manager of its objects.
+pub const MANAGER: &str = "mica";
 
 /// A single request, waiting for its turn included.
 const PATIENCE: Duration = Duration::from_secs(5);
