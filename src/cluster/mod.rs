@@ -1,11 +1,13 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
+mod accounts;
 mod known;
 mod lease;
 mod live;
 mod metrics;
 mod objects;
 mod review;
+mod secrets;
 mod seen;
 
 use std::io;
@@ -18,9 +20,11 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
+pub use accounts::{AccountSource, Wanted};
 pub use lease::Leadership;
 pub use objects::Objects;
 pub use review::TokenReviews;
+pub use secrets::{SecretWatch, Secrets, Told};
 
 use crate::auth::{Answer, KeySource};
 
@@ -31,6 +35,9 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [\"\"]
+  resources: [secrets]
+  verbs: [get, list, watch, create, update, delete]
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
@@ -40,6 +47,8 @@ pub const PERMISSIONS: &str = "\
 
 /// As whom Mica writes: the field manager of its objects.
 pub const MANAGER: &str = "mica";
+/// The label of its objects, with its own namespace for a value.
+pub const MANAGED_BY: &str = "mica.dev/managed-by";
 
 /// A single request, waiting for its turn included.
 const PATIENCE: Duration = Duration::from_secs(5);

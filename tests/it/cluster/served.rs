@@ -24,7 +24,7 @@ fn command(place: &Place, plane: &ControlPlane) -> Command {
     command
 }
 
-fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> Mica {
+pub(super) fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> Mica {
     place.start_command(command(place, plane).args(arguments))
 }
 
@@ -149,7 +149,7 @@ fn it_is_ready_when_all_accounts_and_pods_are_known() {
     let (place, plane) = (Place::new(), ControlPlane::shared());
     let mica = start(&place, plane, &[]);
     assert_eq!(mica.page("/readyz").0, 200);
-    assert!(mica.report().contains("Service accounts of https://127.0.0.1:"), "{}", mica.report());
+    assert!(mica.report().contains("accounts of https://127.0.0.1:"), "{}", mica.report());
     mica.stop();
 }
 
