@@ -67,7 +67,9 @@ fn the_example_decides_as_it_says() {
     let oidc = || Proof::Oidc { issuer: "https://ci.example.org".into() };
     let proxy = SpiffeId::parse("spiffe://cluster.local/ns/edge/sa/gateway").unwrap();
     let forwarded = || Proof::Forwarded { proxy: proxy.clone() };
-    let denied = || Proof::Forwarded { proxy: SpiffeId::parse("spiffe://cluster.local/ns/quarantine/sa/any").unwrap() };
+    let denied = || Proof::Forwarded {
+        proxy: SpiffeId::parse("spiffe://cluster.local/ns/quarantine/sa/any").unwrap(),
+    };
     let row =
         |who, proof, whom, key, seconds, dns, wanted| Row { who, proof, whom, key, seconds, dns, wanted };
     let none: &[&str] = &[];
