@@ -3,6 +3,7 @@
 mod control_plane;
 mod knowledge;
 mod served;
+mod state;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
