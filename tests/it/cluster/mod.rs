@@ -4,6 +4,7 @@ mod control_plane;
 mod events;
 mod knowledge;
 mod served;
+mod state;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
