@@ -2,6 +2,8 @@
 
 mod control_plane;
 mod knowledge;
+mod node;
+mod pods;
 mod served;
 
 use base64::Engine as _;
