@@ -3,6 +3,8 @@
 mod control_plane;
 mod events;
 mod knowledge;
+mod node;
+mod pods;
 mod served;
 mod state;
 
