@@ -2,6 +2,7 @@
 
 mod control_plane;
 mod knowledge;
+mod manifests;
 mod served;
 
 use base64::Engine as _;
