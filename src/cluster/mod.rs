@@ -1,5 +1,6 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
+mod events;
 mod known;
 mod lease;
 mod live;
@@ -18,6 +19,7 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
+pub use events::{EventReason, Events, Severity};
 pub use lease::Leadership;
 pub use objects::Objects;
 pub use review::TokenReviews;
@@ -31,6 +33,9 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]

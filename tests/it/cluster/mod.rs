@@ -1,6 +1,7 @@
 //! Mica and a real API server.
 
 mod control_plane;
+mod events;
 mod knowledge;
 mod manifests;
 mod served;
