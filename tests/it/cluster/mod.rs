@@ -5,6 +5,7 @@ mod events;
 mod knowledge;
 mod manifests;
 mod served;
+mod state;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
