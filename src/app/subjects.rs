@@ -16,19 +16,18 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{AccountSource, Cluster, Leadership, Objects, Secrets, Told, Wanted};
+use crate::cluster::{AccountSource, Cluster, Events, Leadership, Objects, Secrets, Told, Wanted};
 use crate::config::serve::Args;
 use crate::reconcile::{self, Event, Judge, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
+use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
-/// Mica's own namespace.
-const OWN_NAMESPACE: &str = "istio-system";
 
 /// Whose certificates.
 pub(super) enum Subjects {
@@ -155,6 +154,9 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
+    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
+    tellings.register(registry);
+    tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
     let metrics = reconcile::Metrics::default();
     metrics.register(registry);
     let (events, inbox) = mpsc::channel(EVENTS);
@@ -162,11 +164,13 @@ fn follow_cluster(
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
     let (passed, first_pass) = oneshot::channel();
     let leadership = Leadership::always();
+    let own_namespace = args.namespace.clone().unwrap_or_else(|| cluster.namespace().to_owned());
     let delivery = Delivery {
         cluster: cluster.clone(),
         objects: objects.clone(),
         wanted: Arc::new(|_| true),
         leadership: leadership.clone(),
+        own: own_namespace,
         authority: authority.clone(),
         options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
         metrics,
@@ -200,6 +204,8 @@ struct Delivery {
     objects: Arc<Objects>,
     wanted: Wanted,
     leadership: Leadership,
+    /// Mica's own namespace.
+    own: String,
     authority: Arc<Authority>,
     options: reconcile::Options,
     metrics: reconcile::Metrics,
@@ -236,7 +242,7 @@ impl Delivery {
             objects.clone(),
             wanted.clone(),
             self.leadership.clone(),
-            OWN_NAMESPACE,
+            &self.own,
         ));
         let judge = Judge::new(authority.clone());
         let (events, told) = mpsc::channel(EVENTS);

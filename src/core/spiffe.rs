@@ -198,6 +198,11 @@ impl std::str::FromStr for SpiffeId {
     }
 }
 
+/// Whether a namespace of Kubernetes can have a name.
+pub fn is_namespace(name: &str) -> bool {
+    is_dns_label(name)
+}
+
 /// A Kubernetes service account. One allocation, shared by all clones: a running Mica holds each in several maps.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceAccount(Arc<str>);
@@ -208,7 +213,7 @@ impl ServiceAccount {
         if !is_dns_label(namespace) {
             return Err(Error::Namespace(shortened(namespace)));
         }
-        if name.len() > 253 || !name.split('.').all(is_dns_part) {
+        if !is_dns_subdomain(name) {
             return Err(Error::AccountName(shortened(name)));
         }
         Ok(Self(format!("{namespace}/{name}").into()))
@@ -255,6 +260,11 @@ fn is_dns_part(part: &str) -> bool {
     part.as_bytes().first().is_some_and(alphanumeric)
         && part.as_bytes().last().is_some_and(alphanumeric)
         && part.bytes().all(|b| alphanumeric(&b) || b == b'-')
+}
+
+/// What the names of most Kubernetes objects are.
+pub(super) fn is_dns_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_dns_part)
 }
 
 fn is_dns_label(label: &str) -> bool {
