@@ -1,5 +1,6 @@
 //! Requests for certificates, whichever protocol they came by: who asks, may they, and then the authority's one door.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
@@ -66,7 +67,7 @@ pub struct Requests {
     policy: Arc<LivingPolicy>,
     calendar: Mutex<Calendar>,
     queue: Queue,
-    pub(super) metrics: Metrics,
+    metrics: Metrics,
 }
 
 impl Requests {
@@ -94,23 +95,35 @@ impl Requests {
         let work = self.try_grant(ask, evidence, &mut caller).instrument(span);
         let granted =
             self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
-        let authenticator = caller.as_ref().map(|caller: &Caller| caller.proof.name());
-        self.metrics.answered(ask.method, authenticator, granted.as_ref().err(), begun.elapsed());
-        if let Err(refusal) = &granted {
-            let account = caller.map(|caller| caller.account);
-            tracing::warn!(
-                method = ask.method,
-                reason = refusal.reason.name(),
-                sentence = refusal.sentence,
-                detail = refusal.detail,
-                account = account.as_ref().map(tracing::field::display),
-                authenticator,
-                source = %evidence.peer.source,
-                trace,
-                "request refused"
-            );
-        }
+        let refusal = granted.as_ref().err();
+        self.answered(ask.method, caller.as_ref(), refusal, begun, evidence.peer.source, trace);
         granted
+    }
+
+    /// Counts a request that was answered, and writes a line about one that was refused.
+    pub(super) fn answered(
+        &self,
+        method: &'static str,
+        caller: Option<&Caller>,
+        refusal: Option<&Refusal>,
+        begun: Instant,
+        source: IpAddr,
+        trace: Option<&str>,
+    ) {
+        let authenticator = caller.map(|caller| caller.proof.name());
+        self.metrics.answered(method, authenticator, refusal, begun.elapsed());
+        let Some(refusal) = refusal else { return };
+        tracing::warn!(
+            method,
+            reason = refusal.reason.name(),
+            sentence = refusal.sentence,
+            detail = refusal.detail,
+            account = caller.map(|caller| tracing::field::display(&caller.account)),
+            authenticator,
+            %source,
+            trace,
+            "request refused"
+        );
     }
 
     async fn try_grant(
@@ -125,8 +138,8 @@ impl Requests {
             return Err(Refusal::new(Reason::CsrMalformed, "there is no CSR"));
         };
         let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now)?;
-        self.tell(&decision, lifetime);
         let id = decision.account.spiffe_id(self.authority.trust_domain());
+        self.tell(&decision, lifetime, csr.requested().uri.as_deref().filter(|uri| *uri != id.as_str()));
         let proved_at = match caller.proof {
             Proof::Certificate { proved_at } => Some(proved_at),
             _ => None,
@@ -158,6 +171,14 @@ impl Requests {
             })
         };
         let verdict = self.queue.run(self.queue.flow(evidence), work).await?;
+        // Whoever tries out what a credential is good for leaves a trace.
+        tracing::info!(
+            account = caller.as_ref().map(|caller: &Caller| tracing::field::display(&caller.account)),
+            authenticator = caller.as_ref().map(|caller| caller.proof.name()),
+            reason = verdict.as_ref().err().map(|refusal| refusal.reason.name()),
+            source = %evidence.peer.source,
+            "request explained"
+        );
         let trust_domain = self.authority.trust_domain().clone();
         Ok(Explained { caller, trust_domain, verdict })
     }
@@ -178,15 +199,15 @@ impl Requests {
         let identity = match &wishes.impersonated {
             None => caller.account.clone(),
             Some(wanted) => {
-                let identity =
-                    self.impersonated(caller, wanted, policy.impersonators().contains(&caller.account));
+                let is_impersonator = policy.impersonators().contains(&caller.account);
+                let identity = self.impersonated(caller, wanted, is_impersonator);
                 identity.instrument(debug_span!("impersonation")).await?
             }
         };
         let _authorize = debug_span!("authorize").entered();
         let csr = ask.csr.map(CheckedCsr::from_pem).transpose()?;
-        if let Some(csr) = &csr {
-            self.compare(ask, csr, &identity)?;
+        if let Some(csr) = csr.as_ref().filter(|_| ask.names_itself) {
+            self.names_itself(csr, &identity)?;
         }
         let decision = policy.decide(&policy::Ask {
             caller,
@@ -207,7 +228,7 @@ impl Requests {
         Ok(calendar.book(now, decision.lifetime.value, spread, u64::from_ne_bytes(draw)))
     }
 
-    fn tell(&self, decision: &Decision, lifetime: Lifetime) {
+    fn tell(&self, decision: &Decision, lifetime: Lifetime, other: Option<&str>) {
         let (account, from) = (&decision.account, &decision.lifetime.origin);
         tracing::debug!(%account, lifetime = %decision.lifetime.value, from = from.located(), granted = %lifetime, "lifetime");
         for (_, why) in &decision.left_out {
@@ -216,6 +237,10 @@ impl Requests {
         if let Some((name, why)) = decision.left_out.first() {
             let (count, name) = (decision.left_out.len(), shortened(name));
             tracing::info!(%account, count, name, why = why.name(), "DNS names that the CSR asks for are left out");
+        }
+        if let Some(asked) = other.map(shortened) {
+            self.metrics.another_identity();
+            tracing::info!(%account, asked, "the CSR names another identity than the caller's, which it gets");
         }
     }
 
@@ -303,27 +328,22 @@ impl Requests {
         Ok(account)
     }
 
-    /// The CSR gives its key alone. What it names is compared, never signed.
-    fn compare(&self, ask: &Ask<'_>, csr: &CheckedCsr, identity: &ServiceAccount) -> Result<(), Refusal> {
+    /// That a CSR names this identity and nobody else.
+    fn names_itself(&self, csr: &CheckedCsr, identity: &ServiceAccount) -> Result<(), Refusal> {
         let requested = csr.requested();
         let id = identity.spiffe_id(self.authority.trust_domain());
-        let own = requested.uri.as_deref().is_none_or(|uri| uri == id.as_str());
-        if ask.names_itself {
-            let named = requested.uri.is_some() || !requested.dns.is_empty() || !requested.others.is_empty();
-            if !named {
+        let others = !requested.dns.is_empty() || !requested.others.is_empty();
+        match &requested.uri {
+            None if !others => {
                 let sentence = format!("the CSR names nobody; it has to name {id}");
-                return Err(Refusal::new(Reason::CsrNames, sentence));
+                Err(Refusal::new(Reason::CsrNames, sentence))
             }
-            if !own || !requested.dns.is_empty() || !requested.others.is_empty() {
+            uri if others || uri.as_ref().is_some_and(|uri| uri != id.as_str()) => {
                 let sentence = format!("the CSR asks for other names than {id}, which is the caller's");
-                return Err(Refusal::new(Reason::CsrIdentity, sentence));
+                Err(Refusal::new(Reason::CsrIdentity, sentence))
             }
-        } else if !own {
-            self.metrics.another_identity();
-            let asked = requested.uri.as_deref().unwrap_or_default();
-            tracing::info!(asked, given = %id, "the CSR names another identity than the caller's, which it gets");
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
