@@ -16,7 +16,7 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Objects};
+use crate::cluster::{Cluster, Election, Objects};
 use crate::config::serve::Args;
 use crate::reconcile::{self, Event, Reconciler, Report};
 use crate::sink::Sink as _;
@@ -150,6 +150,13 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
+    let election = Election::new(&cluster);
+    election.register(registry);
+    let stop = stopping(stopped);
+    tasks.spawn(async move {
+        election.run(stop).await;
+        Ok(())
+    });
     let (events, mut inbox) = mpsc::channel(EVENTS);
     // Nobody has anything delivered that a new issuer would have to replace.
     tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));

@@ -10,6 +10,11 @@ pub mod listen;
 pub mod tree;
 pub mod watch;
 
+/// What this machine calls itself; in a pod, the pod's name.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// Why the system refused, as the middle of a sentence: "no such file or directory".
 pub(crate) fn reason(error: &std::io::Error) -> String {
     let text = error.to_string();

@@ -2,6 +2,7 @@
 
 mod control_plane;
 mod knowledge;
+mod lease;
 mod served;
 mod state;
 
