@@ -22,6 +22,7 @@ use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy
 use crate::authority::Authority;
 use crate::cluster::{Cluster, ClusterStore};
 use crate::config::cli::Output;
+use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::policy::{Limits, SHORTEST};
@@ -70,6 +71,16 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
     let limits = Limits { lifetime: args.ttl, longest: args.max_ttl, own_names };
     let policy = LivingPolicy::open(args.policy.as_deref(), limits).map_err(usage)?;
     telemetry::start(args.log_format, args.log_level);
+    if let Some(ours) = &args.istio_ca {
+        tracing::info!(
+            differs = DIFFERENCES.join("; "),
+            "runs with the flags of istio-ca 0.2.10, and differs"
+        );
+        if !ours.ignored.is_empty() {
+            let flags = ours.ignored.join(", ");
+            tracing::warn!(%flags, "these flags are of no effect with --self-signed-ca");
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -2,6 +2,7 @@
 
 mod authority;
 mod call;
+mod events;
 mod known;
 mod lease;
 mod live;
@@ -21,6 +22,7 @@ use kube::{Client, Config};
 use serde::Deserialize;
 
 pub use authority::{AuthorityError, ClusterStore};
+pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
 pub use objects::Objects;
 pub use review::TokenReviews;
@@ -34,6 +36,9 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
+use super::istio_ca::IstioCa;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::DnsName;
@@ -188,6 +189,10 @@ pub struct Args {
     /// What is logged: error, warn, info or debug
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "MICA_LOG_LEVEL", hide_env = true)]
     pub log_level: tracing::Level,
+
+    /// What else `mica istio-ca` asks for.
+    #[arg(skip)]
+    pub istio_ca: Option<Box<IstioCa>>,
 }
 
 /// Where the service accounts are.

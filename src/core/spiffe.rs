@@ -213,7 +213,7 @@ impl ServiceAccount {
         if !is_dns_label(namespace) {
             return Err(Error::Namespace(shortened(namespace)));
         }
-        if name.len() > 253 || !name.split('.').all(is_dns_part) {
+        if !is_dns_subdomain(name) {
             return Err(Error::AccountName(shortened(name)));
         }
         Ok(Self(format!("{namespace}/{name}").into()))
@@ -260,6 +260,11 @@ fn is_dns_part(part: &str) -> bool {
     part.as_bytes().first().is_some_and(alphanumeric)
         && part.as_bytes().last().is_some_and(alphanumeric)
         && part.bytes().all(|b| alphanumeric(&b) || b == b'-')
+}
+
+/// What the names of most Kubernetes objects are.
+pub(super) fn is_dns_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_dns_part)
 }
 
 fn is_dns_label(label: &str) -> bool {

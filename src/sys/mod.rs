@@ -10,15 +10,15 @@ pub mod listen;
 pub mod tree;
 pub mod watch;
 
-/// What this machine calls itself; in a pod, the pod's name.
-pub fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
 /// Why the system refused, as the middle of a sentence: "no such file or directory".
 pub(crate) fn reason(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error ").next().unwrap_or_default();
     let mut letters = text.chars();
     letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}
+
+/// The name of this machine, which is that of the pod in one; empty if it has none that can be read.
+pub fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }

@@ -18,6 +18,10 @@ pub(super) enum Error {
     Labels(String),
     #[error("DNS pattern {0:?} would grant names under any domain; its last label has to be a name")]
     Open(String),
+    #[error(
+        "DNS pattern {0:?} has two placeholders in one label, so that different accounts could have the same name; put a dot between them"
+    )]
+    Ambiguous(String),
 }
 
 const PLACEHOLDERS: [&str; 2] = ["{namespace}", "{account}"];
@@ -28,6 +32,10 @@ impl std::str::FromStr for Pattern {
     fn from_str(text: &str) -> Result<Self, Error> {
         if text.split('.').next_back() == Some("*") {
             return Err(Error::Open(shortened(text)));
+        }
+        // No character could part them that is not allowed in both: a-b/c and a/b-c would be the same.
+        if text.split('.').any(|label| label.matches('{').count() > 1) {
+            return Err(Error::Ambiguous(shortened(text)));
         }
         // What is left must be a name with the shortest that can stand in the holes.
         let mut filled = text.to_owned();
@@ -99,8 +107,8 @@ mod tests {
             ("*.{namespace}.svc", &["web.shop.svc", "a-b.shop.svc", "WEB.Shop.SVC"],
              &["shop.svc", ".shop.svc", "a.b.shop.svc", "web.prod.svc", "web.shop.svc.cluster.local", "web.xshop.svc", "svc"]),
             ("{account}.{namespace}.svc", &["web.shop.svc"], &["api.shop.svc", "web.api.svc", "webx.shop.svc"]),
-            ("{account}-{namespace}.example.org", &["web-shop.example.org"], &["web-.example.org", "web.example.org"]),
-            ("x{namespace}y{account}z", &["xshopywebz"], &["xshopyweb", "shopywebz", "x"]),
+            ("{account}-x.{namespace}.example.org", &["web-x.shop.example.org"], &["web-.shop.example.org", "web.shop.example.org"]),
+            ("x{namespace}y.z{account}", &["xshopy.zweb"], &["xshop.zweb", "shopy.zweb", "x"]),
             ("a.example.org", &["a.example.org"], &["b.example.org", "a.example.org.evil.org", "a.example"]),
             ("*.*.{namespace}.svc", &["pod-0.web.shop.svc"], &["web.shop.svc", "a.b.c.shop.svc"]),
             ("localhost", &["localhost"], &["local"]),
@@ -124,6 +132,11 @@ mod tests {
         for text in ["*", "a.*", "*.*"] {
             assert!(matches!(text.parse::<Pattern>(), Err(Error::Open(_))), "{text:?}");
         }
+        for text in
+            ["{namespace}-{account}.b", "{account}{namespace}.b", "a.{account}{account}", "{{namespace}}.b"]
+        {
+            assert!(matches!(text.parse::<Pattern>(), Err(Error::Ambiguous(_))), "{text:?}");
+        }
         for text in [
             "",
             ".",
@@ -139,7 +152,6 @@ mod tests {
             "a b.c",
             "-a.b",
             "a_b.c",
-            "{{namespace}}.b",
             "ä.b",
             "spiffe://a/b",
         ] {

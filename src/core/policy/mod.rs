@@ -303,8 +303,7 @@ impl Policy {
         own.review(ask.caller)?;
         let renewable_until = own.renewable(ask.caller, ask.now)?;
         self.impersonation(ask)?;
-        own.denied(&ask.caller.account)?;
-        rules.denied(account)?;
+        self.allowed(ask)?;
         rules.key(account, ask.key)?;
         let lifetime = rules.lifetime(account, ask.lifetime)?;
         let (dns, left_out) = self.dns(rules, account, ask.dns);
@@ -360,10 +359,7 @@ impl Policy {
             }),
         );
         let allowed = |rules: &Rules| format!("not denied ({})", rules.deny.origin.located());
-        step(
-            "allowed",
-            own.denied(&caller.account).and_then(|()| rules.denied(account)).map(|()| allowed(rules)),
-        );
+        step("allowed", self.allowed(ask).map(|()| allowed(rules)));
         step(
             "key",
             rules.key(account, ask.key).map(|()| match ask.key {
@@ -455,6 +451,16 @@ impl Policy {
             return Err(Refusal::new(Reason::ImpersonatorUnbound, sentence));
         }
         Ok(())
+    }
+
+    /// Nobody who has a part in it is denied: neither the caller, nor the proxy that speaks for it, nor whom it asks for.
+    fn allowed(&self, ask: &Ask<'_>) -> Result<(), Refusal> {
+        let proxy = match &ask.caller.proof {
+            Proof::Forwarded { proxy } => ServiceAccount::of(proxy),
+            _ => None,
+        };
+        let mut all = [Some(&ask.caller.account), proxy.as_ref(), ask.impersonated].into_iter().flatten();
+        all.try_for_each(|account| self.rules(account).denied(account))
     }
 
     fn dns(

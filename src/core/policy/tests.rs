@@ -67,6 +67,9 @@ fn the_example_decides_as_it_says() {
     let oidc = || Proof::Oidc { issuer: "https://ci.example.org".into() };
     let proxy = SpiffeId::parse("spiffe://cluster.local/ns/edge/sa/gateway").unwrap();
     let forwarded = || Proof::Forwarded { proxy: proxy.clone() };
+    let denied = || Proof::Forwarded {
+        proxy: SpiffeId::parse("spiffe://cluster.local/ns/quarantine/sa/any").unwrap(),
+    };
     let row =
         |who, proof, whom, key, seconds, dns, wanted| Row { who, proof, whom, key, seconds, dns, wanted };
     let none: &[&str] = &[];
@@ -110,6 +113,9 @@ fn the_example_decides_as_it_says() {
         row("quarantine/doctor", token(false), None, Some(P256), 0, none, Ok(("24h", "the policy, line ", none))),
         row("payments/old", token(true), None, Some(P256), 0, none,
             Err((Reason::IdentityDenied, "payments/old is denied by the policy of account payments/old"))),
+        row("default/web", forwarded(), None, Some(P256), 0, none, Ok(("24h", "the policy, line ", none))),
+        row("default/web", denied(), None, Some(P256), 0, none,
+            Err((Reason::IdentityDenied, "quarantine/any is denied by the policy of namespace quarantine"))),
         row("payments/old", token(true), None, Some(Rsa2048), i64::MAX, none, Err((Reason::IdentityDenied, "denied"))),
 
         // Tokens that the API server has to vouch for.

@@ -343,19 +343,18 @@ impl Named<'_> {
 }
 
 fn named<'a>(within: &'a json::Object, name: &str, claim: &'static str) -> Result<Option<Named<'a>>, Fault> {
-    /// Kubernetes allows names of 253 bytes; its UIDs have 36.
-    const LONGEST: usize = 253;
+    /// Those of Kubernetes have 36 bytes.
+    const LONGEST_UID: usize = 253;
     let Some(value) = within.get(name) else { return Ok(None) };
     let members = members(value, claim)?;
-    let part = |name: &str| match text(members, name, claim)? {
-        Some(part) if part.is_empty() || part.len() > LONGEST => {
-            let wanted = "an object with a name and a UID of 1 to 253 bytes";
-            Err(Fault::Claim { claim, found: shown(value), wanted })
-        }
-        part => Ok(part),
-    };
-    let name = part("name")?.ok_or(Fault::Missing(claim))?;
-    Ok(Some(Named { name, uid: part("uid")? }))
+    let name = text(members, "name", claim)?.ok_or(Fault::Missing(claim))?;
+    let uid = text(members, "uid", claim)?;
+    // A name becomes part of a path when the API server is asked about it.
+    if !spiffe::is_dns_subdomain(name) || uid.is_some_and(|uid| !(1..=LONGEST_UID).contains(&uid.len())) {
+        let wanted = "an object with a Kubernetes name and a UID of 1 to 253 bytes";
+        return Err(Fault::Claim { claim, found: shown(value), wanted });
+    }
+    Ok(Some(Named { name, uid }))
 }
 
 fn members<'a>(value: &'a Value, claim: &'static str) -> Result<&'a json::Object, Fault> {

@@ -379,6 +379,22 @@ fn hostile_tokens_are_refused_by_what_is_wrong() {
             "pod is null",
         ),
         (
+            "pod a path",
+            kubernetes(
+                json!({"namespace": "bookinfo", "serviceaccount": details, "pod": {"name": "../pods/p", "uid": "u"}}),
+            ),
+            TokenMalformed,
+            "a Kubernetes name",
+        ),
+        (
+            "node with a query",
+            kubernetes(
+                json!({"namespace": "bookinfo", "serviceaccount": details, "node": {"name": "n?watch=1", "uid": "u"}}),
+            ),
+            TokenMalformed,
+            "a Kubernetes name",
+        ),
+        (
             "node a text",
             kubernetes(json!({"namespace": "bookinfo", "serviceaccount": details, "node": "n"})),
             TokenMalformed,

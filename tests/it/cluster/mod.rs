@@ -1,8 +1,11 @@
 //! Mica and a real API server.
 
 mod control_plane;
+mod events;
 mod knowledge;
 mod lease;
+mod node;
+mod pods;
 mod served;
 mod state;
 

@@ -160,6 +160,7 @@ pub(super) const ROWS: &[Row] = &[
     ("a token whose namespace is another than Kubernetes' claim", |s| claims(s, json!({"sub": "system:serviceaccount:other:web"})), MALFORMED),
     ("a token whose claim of Kubernetes is a text", |s| claims(s, json!({"kubernetes.io": "web"})), MALFORMED),
     ("a token whose claim of Kubernetes is empty", |s| claims(s, json!({"kubernetes.io": {}})), MALFORMED),
+    ("a token of a pod whose name is a path", |s| claims(s, json!({"kubernetes.io": {"namespace": "shop", "serviceaccount": {"name": "web", "uid": "u"}, "pod": {"name": "../pods/other", "uid": "u"}}})), MALFORMED),
     ("a token that is bound to a Secret", |s| claims(s, json!({"kubernetes.io": {"namespace": "shop", "serviceaccount": {"name": "web", "uid": "u"}, "secret": {"name": "s", "uid": "u"}}})), unauthenticated("TOKEN_REJECTED")),
     ("a token of an account that never was", |s| of(s, "system:serviceaccount:shop:nobody"), GONE),
     ("a token of an account of another namespace", |s| of(s, "system:serviceaccount:other:web"), GONE),
