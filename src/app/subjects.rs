@@ -16,7 +16,7 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Events, Objects};
+use crate::cluster::{Cluster, Election, Events, Objects};
 use crate::config::serve::Args;
 use crate::reconcile::{self, Event, Reconciler, Report};
 use crate::sink::Sink as _;
@@ -151,6 +151,13 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
+    let election = Election::new(&cluster);
+    election.register(registry);
+    let stop = stopping(stopped);
+    tasks.spawn(async move {
+        election.run(stop).await;
+        Ok(())
+    });
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));

@@ -92,6 +92,11 @@ impl ControlPlane {
         self.client.get_or_init(|| client_of(&self.kubeconfig("admin"))).clone()
     }
 
+    /// Where the API server listens.
+    pub(crate) fn api_address(&self) -> std::net::SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.api_port).into()
+    }
+
     /// The path of a kubeconfig for a user, who is made and may do nothing unless told so.
     pub(crate) fn kubeconfig_of(&self, user: &str) -> PathBuf {
         if !self.kubeconfig(user).exists() {
