@@ -111,7 +111,13 @@ async fn start(typed: Typed) -> Result<(), Error> {
             let source = FolderSource::open(folder, &excluded).map_err(usage)?;
             (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
         }
-        Origin::Cluster => (Subjects::Cluster(Cluster::find().await.map_err(usage)?), "--kube".to_owned()),
+        Origin::Cluster => {
+            let mut cluster = Cluster::find().await.map_err(usage)?;
+            if let Some(namespace) = &args.namespace {
+                cluster = cluster.within(namespace);
+            }
+            (Subjects::Cluster(cluster), "--kube".to_owned())
+        }
     };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
     let since = report::moment(clock::now());
@@ -121,8 +127,7 @@ async fn start(typed: Typed) -> Result<(), Error> {
     Addresses::withdraw(&data).map_err(fault)?;
     match (&args.authority, subjects.cluster()) {
         (None, Some(cluster)) => {
-            let namespace = args.namespace.clone().unwrap_or_else(|| cluster.namespace().to_owned());
-            let store = ClusterStore::new(cluster, namespace, data.try_clone().map_err(fault)?);
+            let store = ClusterStore::new(cluster, data.try_clone().map_err(fault)?);
             run_with(typed, data, subjects, store, signals).await
         }
         (None, None) => {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
@@ -16,7 +17,7 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{AccountSource, Cluster, Events, Leadership, Objects, Secrets, Told, Wanted};
+use crate::cluster::{AccountSource, Cluster, Election, Events, Leadership, Objects, Secrets, Told, Wanted};
 use crate::config::serve::Args;
 use crate::reconcile::{self, Event, Judge, Reconciler, Report};
 use crate::sink::Sink as _;
@@ -28,6 +29,8 @@ use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
+/// Where nobody else writes, this replica does after much less.
+const ELECTED: Duration = Duration::from_secs(1);
 
 /// Whose certificates.
 pub(super) enum Subjects {
@@ -154,6 +157,14 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
+    let election = Election::new(&cluster);
+    election.register(registry);
+    let mut leadership = election.leadership();
+    let stop = stopping(stopped);
+    tasks.spawn(async move {
+        election.run(stop).await;
+        Ok(())
+    });
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
@@ -163,7 +174,6 @@ fn follow_cluster(
     let followed = objects.clone();
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
     let (passed, first_pass) = oneshot::channel();
-    let leadership = Leadership::always();
     let own_namespace = args.namespace.clone().unwrap_or_else(|| cluster.namespace().to_owned());
     let delivery = Delivery {
         cluster: cluster.clone(),
@@ -183,7 +193,14 @@ fn follow_cluster(
     tasks.spawn(until(stopping(stopped), async move {
         tokio::join!(known.completed(), settled.settled());
         // A replica that does not write need not wait for the one that does.
-        let report = if leadership.may_write() { first_pass.await.ok() } else { None };
+        let report = match tokio::time::timeout(ELECTED, leadership.gained()).await {
+            Ok(()) => tokio::select! {
+                report = first_pass => report.ok(),
+                () = leadership.lost() => None,
+            },
+            Err(_) => None,
+        };
+        drop(leadership);
         let _ = told.send(First::Known(place, report));
         let _ = is_reported.await;
         std::future::pending().await
