@@ -7,6 +7,7 @@ mod lease;
 mod manifests;
 mod node;
 mod pods;
+mod secrets;
 mod served;
 mod state;
 
