@@ -6,6 +6,7 @@ mod knowledge;
 mod node;
 mod pods;
 mod served;
+mod sidecars;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
