@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
@@ -29,8 +28,8 @@ use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
-/// Where nobody else writes, this replica does after much less.
-const ELECTED: Duration = Duration::from_secs(1);
+/// Mica's own namespace.
+const OWN_NAMESPACE: &str = "istio-system";
 
 /// Whose certificates.
 pub(super) enum Subjects {
@@ -159,7 +158,7 @@ fn follow_cluster(
     objects.register(registry);
     let election = Election::new(&cluster);
     election.register(registry);
-    let mut leadership = election.leadership();
+    let leadership = election.leadership();
     let stop = stopping(stopped);
     tasks.spawn(async move {
         election.run(stop).await;
@@ -174,13 +173,11 @@ fn follow_cluster(
     let followed = objects.clone();
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
     let (passed, first_pass) = oneshot::channel();
-    let own_namespace = args.namespace.clone().unwrap_or_else(|| cluster.namespace().to_owned());
     let delivery = Delivery {
         cluster: cluster.clone(),
         objects: objects.clone(),
         wanted: Arc::new(|_| true),
         leadership: leadership.clone(),
-        own: own_namespace,
         authority: authority.clone(),
         options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
         metrics,
@@ -193,14 +190,7 @@ fn follow_cluster(
     tasks.spawn(until(stopping(stopped), async move {
         tokio::join!(known.completed(), settled.settled());
         // A replica that does not write need not wait for the one that does.
-        let report = match tokio::time::timeout(ELECTED, leadership.gained()).await {
-            Ok(()) => tokio::select! {
-                report = first_pass => report.ok(),
-                () = leadership.lost() => None,
-            },
-            Err(_) => None,
-        };
-        drop(leadership);
+        let report = if leadership.may_write() { first_pass.await.ok() } else { None };
         let _ = told.send(First::Known(place, report));
         let _ = is_reported.await;
         std::future::pending().await
@@ -221,8 +211,6 @@ struct Delivery {
     objects: Arc<Objects>,
     wanted: Wanted,
     leadership: Leadership,
-    /// Mica's own namespace.
-    own: String,
     authority: Arc<Authority>,
     options: reconcile::Options,
     metrics: reconcile::Metrics,
@@ -259,7 +247,7 @@ impl Delivery {
             objects.clone(),
             wanted.clone(),
             self.leadership.clone(),
-            &self.own,
+            OWN_NAMESPACE,
         ));
         let judge = Judge::new(authority.clone());
         let (events, told) = mpsc::channel(EVENTS);

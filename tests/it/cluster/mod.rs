@@ -9,6 +9,7 @@ mod node;
 mod pods;
 mod secrets;
 mod served;
+mod sidecars;
 mod state;
 
 use base64::Engine as _;
