@@ -5,9 +5,12 @@ mod known;
 mod lease;
 mod live;
 mod metrics;
+mod namespaces;
 mod objects;
 mod review;
+mod roots;
 mod seen;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
@@ -21,8 +24,10 @@ use serde::Deserialize;
 
 pub use events::{EventReason, Events, Severity};
 pub use lease::Leadership;
+pub use namespaces::{Flips, Namespaces};
 pub use objects::Objects;
 pub use review::TokenReviews;
+pub use roots::{Roots, RootsOptions};
 
 use crate::auth::{Answer, KeySource};
 
@@ -33,6 +38,21 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [\"\"]
+  resources: [namespaces]
+  verbs: [list, watch]
+- apiGroups: [\"\"]
+  resources: [configmaps]
+  resourceNames: [istio-ca-root-cert]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [clustertrustbundles]
+  resourceNames: [mica.dev:workload:cluster.local]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [signers]
+  resourceNames: [mica.dev/workload]
+  verbs: [attest]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]
@@ -45,6 +65,8 @@ pub const PERMISSIONS: &str = "\
 
 /// As whom Mica writes: the field manager of its objects.
 pub const MANAGER: &str = "mica";
+/// The label of its objects, with its own namespace for a value.
+pub const MANAGED_BY: &str = "mica.dev/managed-by";
 
 /// A single request, waiting for its turn included.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -85,6 +107,7 @@ pub enum Error {
 pub struct Cluster {
     client: Client,
     place: Arc<str>,
+    metrics: metrics::Metrics,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -122,7 +145,7 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place })
+        Ok(Self { client, place, metrics: metrics::Metrics::default() })
     }
 
     /// Its address.

@@ -145,13 +145,17 @@ mod tests {
                 &[(0, Found::Never), (0, Found::AsWanted), (1, ISTIOD), (1, Found::AsWanted), (2, ISTIOD)],
                 &[Write, Leave, Write, Leave, GiveUp],
             ),
-            ("it goes on", &[(0, ISTIOD), (1, ISTIOD), (2, ISTIOD), (600, ISTIOD)], &[
-                Write, GiveUp, Leave, Leave,
-            ]),
+            (
+                "it goes on",
+                &[(0, ISTIOD), (1, ISTIOD), (2, ISTIOD), (600, ISTIOD)],
+                &[Write, GiveUp, Leave, Leave],
+            ),
             ("and is deleted", &[(0, ISTIOD), (1, ISTIOD), (2, Found::Deleted)], &[Write, GiveUp, Leave]),
-            ("or the roots change", &[(0, ISTIOD), (1, ISTIOD), (2, Found::Outdated)], &[
-                Write, GiveUp, Leave,
-            ]),
+            (
+                "or the roots change",
+                &[(0, ISTIOD), (1, ISTIOD), (2, Found::Outdated)],
+                &[Write, GiveUp, Leave],
+            ),
             (
                 "a living one, looked at again after ten minutes, then twenty",
                 &[(0, ISTIOD), (1, ISTIOD), (601, ISTIOD), (602, ISTIOD), (1801, ISTIOD), (1802, ISTIOD)],
@@ -162,14 +166,18 @@ mod tests {
                 &[(0, ISTIOD), (1, ISTIOD), (601, ISTIOD), (601, Found::AsWanted), (2000, ISTIOD)],
                 &[Write, GiveUp, Write, Leave, Write],
             ),
-            ("one that begins again ten minutes later", &[(0, ISTIOD), (600, ISTIOD), (1200, ISTIOD)], &[
-                Write, Write, Write,
-            ]),
+            (
+                "one that begins again ten minutes later",
+                &[(0, ISTIOD), (600, ISTIOD), (1200, ISTIOD)],
+                &[Write, Write, Write],
+            ),
             ("two others", &[(0, ISTIOD), (1, other), (2, ISTIOD)], &[Write, Write, GiveUp]),
             ("another mica", &[(0, other), (1, other)], &[Write, GiveUp]),
-            ("a person", &[(0, PERSON), (9, PERSON), (20, PERSON), (30, PERSON), (40, PERSON)], &[
-                Write, Write, Write, Write, GiveUp,
-            ]),
+            (
+                "a person",
+                &[(0, PERSON), (9, PERSON), (20, PERSON), (30, PERSON), (40, PERSON)],
+                &[Write, Write, Write, Write, GiveUp],
+            ),
             (
                 "one who deletes and edits",
                 &[
@@ -181,12 +189,16 @@ mod tests {
                 ],
                 &[Write, Write, Write, Write, GiveUp],
             ),
-            ("a person after a dead istiod", &[(0, ISTIOD), (9, PERSON), (20, PERSON)], &[
-                Write, Write, Write,
-            ]),
-            ("given up, and then as wanted", &[(0, ISTIOD), (1, ISTIOD), (2, Found::AsWanted), (3, ISTIOD)], &[
-                Write, GiveUp, Leave, GiveUp,
-            ]),
+            (
+                "a person after a dead istiod",
+                &[(0, ISTIOD), (9, PERSON), (20, PERSON)],
+                &[Write, Write, Write],
+            ),
+            (
+                "given up, and then as wanted",
+                &[(0, ISTIOD), (1, ISTIOD), (2, Found::AsWanted), (3, ISTIOD)],
+                &[Write, GiveUp, Leave, GiveUp],
+            ),
         ];
         for (name, found, wanted) in cases {
             assert_eq!(steps(found), *wanted, "{name}");
