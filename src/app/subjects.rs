@@ -16,8 +16,9 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Events, Objects};
+use crate::cluster::{Cluster, Election, Events, Namespaces, Objects, Roots, RootsOptions};
 use crate::config::serve::Args;
+use crate::core::selection::Rules;
 use crate::reconcile::{self, Event, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
@@ -84,7 +85,9 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => Ok(follow_cluster(args, cluster, tokens, registry, stopped, tasks)),
+            Self::Cluster(cluster) => {
+                Ok(follow_cluster(args, cluster, tokens, authority, registry, stopped, tasks))
+            }
         }
     }
 }
@@ -145,15 +148,46 @@ fn follow_cluster(
     args: &Args,
     cluster: Cluster,
     tokens: &Arc<Tokens>,
+    authority: &Arc<Authority>,
     registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
+    let election = Election::new(&cluster);
+    election.register(registry);
+    let leadership = election.leadership();
+    let stop = stopping(stopped);
+    tasks.spawn(async move {
+        election.run(stop).await;
+        Ok(())
+    });
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
+    let posted = tellings.clone();
+    tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+    let own = cluster.namespace().to_owned();
+    let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
+    let rules = Rules {
+        watched: watched.map(|names| names.iter().cloned().collect()),
+        by_default: args.namespaces_by_default,
+        own: own.clone(),
+    };
+    let namespaces = Arc::new(Namespaces::new(&cluster, rules));
+    namespaces.register(registry);
+    let chosen = namespaces.clone();
+    tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+    let options = RootsOptions {
+        config_map: args.root_config_map().map(str::to_owned),
+        trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+        own,
+    };
+    let door = authority.clone();
+    let current = Box::new(move || door.issuer().bundle().clone());
+    let roots = Arc::new(Roots::new(&cluster, options, current, namespaces, leadership, tellings));
+    roots.register(registry);
+    tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
     let (events, mut inbox) = mpsc::channel(EVENTS);
     // Nobody has anything delivered that a new issuer would have to replace.
     tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));

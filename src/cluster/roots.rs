@@ -45,7 +45,7 @@ pub struct RootsOptions {
 }
 
 /// The roots as they are now.
-pub type Current = Box<dyn Fn() -> Arc<TrustBundle> + Send + Sync>;
+type Current = Box<dyn Fn() -> Arc<TrustBundle> + Send + Sync>;
 
 /// Distributes the roots.
 pub struct Roots {

@@ -12,6 +12,7 @@ pub mod chain;
 mod check;
 pub mod csr;
 mod der;
+pub mod election;
 pub mod fair;
 pub mod forwarded;
 pub mod inspect;

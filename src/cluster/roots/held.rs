@@ -17,7 +17,7 @@ pub(super) const KEY: &str = "root-cert.pem";
 pub(super) const LABEL: (&str, &str) = ("istio.io/config", "true");
 
 /// SHA-256 of a bundle's PEM.
-pub type Digest = [u8; 32];
+pub(super) type Digest = [u8; 32];
 
 /// What is kept of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
