@@ -1,5 +1,6 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
+mod accounts;
 mod authority;
 mod call;
 mod events;
@@ -11,6 +12,7 @@ mod namespaces;
 mod objects;
 mod review;
 mod roots;
+mod secrets;
 mod seen;
 mod watch;
 
@@ -24,6 +26,7 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
+pub use accounts::{AccountSource, Wanted};
 pub use authority::{AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
@@ -31,6 +34,7 @@ pub use namespaces::{Flips, Namespaces};
 pub use objects::Objects;
 pub use review::TokenReviews;
 pub use roots::{Roots, RootsOptions};
+pub use secrets::{SecretWatch, Secrets, Told};
 
 use crate::auth::{Answer, KeySource};
 
@@ -59,6 +63,9 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]
+- apiGroups: [\"\"]
+  resources: [secrets]
+  verbs: [get, list, watch, create, update, delete]
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
