@@ -91,12 +91,11 @@ impl Namespaces {
         self.known().keys().cloned().collect()
     }
 
-    /// Tells from now on for which namespaces another choice was made; first of all about all of them.
+    /// Tells from now on for which namespaces another choice was made.
     pub fn flips(&self) -> Arc<Flips> {
         let flips = Arc::new(Flips::default());
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.push(Arc::downgrade(&flips));
-        flips.note(self.known().keys().cloned());
         flips
     }
 
@@ -184,8 +183,11 @@ impl Flips {
     }
 
     fn note(&self, names: impl IntoIterator<Item = Arc<str>>) {
-        self.names().extend(names);
-        self.some.notify_one();
+        let mut all = self.names();
+        all.extend(names);
+        if !all.is_empty() {
+            self.some.notify_one();
+        }
     }
 
     fn names(&self) -> std::sync::MutexGuard<'_, BTreeSet<Arc<str>>> {

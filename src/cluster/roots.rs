@@ -196,9 +196,10 @@ impl Roots {
             let roots = self.clone();
             watches.spawn(async move { roots.watch(scope).await });
         }
-        self.namespaces.completed().await;
         let flips = self.namespaces.flips();
+        self.namespaces.completed().await;
         let mut term = Term::new(self);
+        self.namespaces.all().into_iter().for_each(|namespace| term.look(Place::Namespace(namespace)));
         let mut look = tokio::time::interval(LOOK);
         loop {
             tokio::select! {
