@@ -1,7 +1,7 @@
 //! The flags of istio-ca 0.2.10, and what they are for `mica serve --kube`.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -256,7 +256,7 @@ impl Args {
         Ok(Some(files))
     }
 
-    fn files(&self) -> [(&'static str, &'static str, &PathBuf); 4] {
+    fn files(&self) -> [(&'static str, &'static str, &Path); 4] {
         [
             (CA_CERT, "--signing-cert", &self.signing_cert),
             (CA_KEY, "--signing-key", &self.signing_key),
@@ -273,8 +273,8 @@ impl Args {
     }
 }
 
-fn given(path: &PathBuf) -> Option<PathBuf> {
-    (!path.as_os_str().is_empty()).then(|| path.clone())
+fn given(path: &Path) -> Option<PathBuf> {
+    (!path.as_os_str().is_empty()).then(|| path.to_owned())
 }
 
 fn namespace(whose: &str, name: &str) -> Result<String, clap::Error> {

@@ -29,6 +29,8 @@ use tokio::runtime::Runtime;
 
 use crate::parts;
 
+/// Where the authority is kept, and everything else that is Mica's own.
+pub(crate) const HOME: &str = "istio-system";
 /// Whose tokens the API server makes.
 pub(crate) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 /// A start takes three to five seconds on a quiet machine.
@@ -80,6 +82,7 @@ impl ControlPlane {
         // It waits for the API server by itself.
         plane.start_controller_manager();
         plane.wait_until_ready();
+        plane.create::<Namespace>(None, &json!({"metadata": {"name": HOME}}));
         eprintln!("a control plane is ready after {:?}", begun.elapsed());
         plane
     }
@@ -117,6 +120,18 @@ impl ControlPlane {
             "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
         });
         self.create::<k8s_openapi::api::rbac::v1::ClusterRoleBinding>(None, &binding);
+    }
+
+    /// Lets a user do what the rules of a role say, in one namespace.
+    pub(crate) fn allow_in(&self, namespace: &str, user: &str, rules: &Value) {
+        let role = json!({"metadata": {"name": user}, "rules": rules});
+        self.create::<k8s_openapi::api::rbac::v1::Role>(Some(namespace), &role);
+        let binding = json!({
+            "metadata": {"name": user},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": user},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
+        });
+        self.create::<k8s_openapi::api::rbac::v1::RoleBinding>(Some(namespace), &binding);
     }
 
     /// A namespace of a name that no other test has.
@@ -303,7 +318,7 @@ impl ControlPlane {
         )
     }
 
-    fn create<K>(&self, namespace: Option<&str>, object: &Value) -> K
+    pub(crate) fn create<K>(&self, namespace: Option<&str>, object: &Value) -> K
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + std::fmt::Debug,
     {

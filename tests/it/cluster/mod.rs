@@ -4,6 +4,7 @@ mod control_plane;
 mod events;
 mod knowledge;
 mod lease;
+mod manifests;
 mod node;
 mod pods;
 mod served;
