@@ -27,7 +27,6 @@ use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
-use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
@@ -38,7 +37,7 @@ pub(super) enum Subjects {
     /// The accounts of a folder of manifests.
     Folder { source: Box<FolderSource>, secrets: PathBuf },
     /// The accounts of a cluster.
-    Cluster(Cluster),
+    Cluster { cluster: Cluster, tellings: Arc<Events> },
 }
 
 /// Subjects that are being followed.
@@ -68,7 +67,7 @@ impl Subjects {
     pub(super) fn cluster(&self) -> Option<&Cluster> {
         match self {
             Self::Folder { .. } => None,
-            Self::Cluster(cluster) => Some(cluster),
+            Self::Cluster { cluster, .. } => Some(cluster),
         }
     }
 
@@ -88,8 +87,8 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => {
-                Ok(follow_cluster(args, cluster, tokens, authority, registry, stopped, tasks))
+            Self::Cluster { cluster, tellings } => {
+                Ok(follow_cluster(args, cluster, tellings, tokens, authority, registry, stopped, tasks))
             }
         }
     }
@@ -147,9 +146,11 @@ fn follow_folder(
     Ok(Followed { liveness, nodes: None, first, reported, events })
 }
 
+#[expect(clippy::too_many_arguments, reason = "called once, from above")]
 fn follow_cluster(
     args: &Args,
     cluster: Cluster,
+    tellings: Arc<Events>,
     tokens: &Arc<Tokens>,
     authority: &Arc<Authority>,
     registry: &mut Registry,
@@ -158,7 +159,7 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
-    let election = Election::new(&cluster);
+    let election = Election::new(&cluster, tellings.clone());
     election.register(registry);
     let leadership = election.leadership();
     let stop = stopping(stopped);
@@ -166,7 +167,6 @@ fn follow_cluster(
         election.run(stop).await;
         Ok(())
     });
-    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     let posted = tellings.clone();
     tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
