@@ -1,8 +1,10 @@
 //! The `mica` program.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::ffi::OsString;
 use std::io::{ErrorKind, Write as _};
 use std::panic::{PanicHookInfo, catch_unwind};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapError};
@@ -10,6 +12,7 @@ use clap::{CommandFactory as _, Parser as _};
 
 use mica::app::serve;
 use mica::config::cli::{Cli, Command, Output};
+use mica::config::{istio_ca, serve as config};
 use mica::core::inspect::one_line;
 use mica::tool::{self, Report};
 
@@ -26,16 +29,19 @@ fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(typed()) {
         Ok(cli) => cli,
         Err(refused) => return usage(&refused),
     };
     let output = cli.output;
     match cli.command {
-        Command::Serve(arguments) => match serve::run(*arguments, output) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(fault @ serve::Error::Usage(_)) => failed(&fault.to_string(), BAD_INPUT),
-            Err(fault @ serve::Error::Fault(_)) => failed(&fault.to_string(), OUR_FAULT),
+        Command::Serve(arguments) => run_serve(*arguments, output),
+        Command::IstioCa(arguments) => match (arguments.command, arguments.serve()) {
+            (Some(istio_ca::Command::Version), _) => {
+                write(&Cli::command().render_version()).unwrap_or(ExitCode::SUCCESS)
+            }
+            (None, Ok(arguments)) => run_serve(arguments, output),
+            (None, Err(refused)) => usage(&refused),
         },
         command => match tool::run(command) {
             Some(Ok(report)) => tell(&report, output),
@@ -50,6 +56,23 @@ fn run() -> ExitCode {
             None => failed("this command has no part in this program", OUR_FAULT),
         },
     }
+}
+
+fn run_serve(arguments: config::Args, output: Output) -> ExitCode {
+    match serve::run(arguments, output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault @ serve::Error::Usage(_)) => failed(&fault.to_string(), BAD_INPUT),
+        Err(fault @ serve::Error::Fault(_)) => failed(&fault.to_string(), OUR_FAULT),
+    }
+}
+
+/// What was typed; the manifests of istio-ca call the program by its name.
+fn typed() -> Vec<OsString> {
+    let mut words: Vec<OsString> = std::env::args_os().collect();
+    if words.first().is_some_and(|called| Path::new(called).file_name() == Some("istio_ca".as_ref())) {
+        words.splice(..1, ["mica".into(), "istio-ca".into()]);
+    }
+    words
 }
 
 fn tell(report: &Report, output: Output) -> ExitCode {
@@ -149,11 +172,12 @@ fn shortened(value: &str) -> String {
 fn command_typed() -> String {
     let mut command = Cli::command();
     let mut path = vec!["mica".to_owned()];
-    for word in std::env::args().skip(1) {
-        match command.find_subcommand(&word).cloned() {
+    for word in typed().into_iter().skip(1) {
+        let word = word.to_string_lossy();
+        match command.find_subcommand(&*word).cloned() {
             Some(sub) => {
                 command = sub;
-                path.push(word);
+                path.push(word.into_owned());
             }
             None if word.starts_with('-') => {}
             None => break,

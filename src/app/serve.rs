@@ -20,8 +20,9 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, ClusterStore};
 use crate::config::cli::Output;
+use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
 use crate::core::issuer::{self, Issuer};
 use crate::core::policy::{Limits, SHORTEST};
@@ -70,6 +71,16 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
     let limits = Limits { lifetime: args.ttl, longest: args.max_ttl, own_names };
     let policy = LivingPolicy::open(args.policy.as_deref(), limits).map_err(usage)?;
     telemetry::start(args.log_format, args.log_level);
+    if let Some(ours) = &args.istio_ca {
+        tracing::info!(
+            differs = DIFFERENCES.join("; "),
+            "runs with the flags of istio-ca 0.2.10, and differs"
+        );
+        if !ours.ignored.is_empty() {
+            let flags = ours.ignored.join(", ");
+            tracing::warn!(%flags, "these flags are of no effect with --self-signed-ca");
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -100,7 +111,13 @@ async fn start(typed: Typed) -> Result<(), Error> {
             let source = FolderSource::open(folder, &excluded).map_err(usage)?;
             (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
         }
-        Origin::Cluster => (Subjects::Cluster(Cluster::find().await.map_err(usage)?), "--kube".to_owned()),
+        Origin::Cluster => {
+            let mut cluster = Cluster::find().await.map_err(usage)?;
+            if let Some(namespace) = &args.namespace {
+                cluster = cluster.within(namespace);
+            }
+            (Subjects::Cluster(cluster), "--kube".to_owned())
+        }
     };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
     let since = report::moment(clock::now());
@@ -108,12 +125,16 @@ async fn start(typed: Typed) -> Result<(), Error> {
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
     Addresses::withdraw(&data).map_err(fault)?;
-    match &args.authority {
-        None => {
+    match (&args.authority, subjects.cluster()) {
+        (None, Some(cluster)) => {
+            let store = ClusterStore::new(cluster, data.try_clone().map_err(fault)?);
+            run_with(typed, data, subjects, store, signals).await
+        }
+        (None, None) => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
             run_with(typed, data, subjects, store, signals).await
         }
-        Some(folder) => {
+        (Some(folder), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
             let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
@@ -133,7 +154,7 @@ async fn run_with(
     let http = bind(args.http_address, "--http-address").await?;
     // Before the sink, whose record shows that there was an authority.
     let issuer =
-        store.load(&args.trust_domain).map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
+        store.load(&args.trust_domain).await.map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
     let authority = Arc::new(Authority::new(args.trust_domain.clone(), issuer));
     let mut registry = Registry::default();
     authority.register(&mut registry);
@@ -272,7 +293,7 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
         let issuer = tokio::select! {
             () = store.changed() => {
                 early = None;
-                store.load(authority.trust_domain()).map_err(|fault| fault.to_string())
+                store.load(authority.trust_domain()).await.map_err(|fault| fault.to_string())
             }
             () = tokio::time::sleep(EARLY), if early.is_some() => {
                 match early.take_if(|issuer| issuer.usable(clock::now()).is_ok()) {

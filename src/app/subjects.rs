@@ -16,13 +16,14 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Objects};
+use crate::cluster::{Cluster, Election, Events, Objects};
 use crate::config::serve::Args;
 use crate::reconcile::{self, Event, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
+use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
@@ -150,6 +151,16 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
+    let election = Election::new(&cluster);
+    election.register(registry);
+    let stop = stopping(stopped);
+    tasks.spawn(async move {
+        election.run(stop).await;
+        Ok(())
+    });
+    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
+    tellings.register(registry);
+    tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
     let (events, mut inbox) = mpsc::channel(EVENTS);
     // Nobody has anything delivered that a new issuer would have to replace.
     tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));

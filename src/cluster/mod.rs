@@ -1,5 +1,8 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
+mod authority;
+mod call;
+mod events;
 mod known;
 mod lease;
 mod live;
@@ -18,7 +21,9 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
-pub use lease::Leadership;
+pub use authority::{AuthorityError, ClusterStore};
+pub use events::{EventReason, Events, Severity};
+pub use lease::{Election, Leadership};
 pub use objects::Objects;
 pub use review::TokenReviews;
 
@@ -31,12 +36,47 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
+- apiGroups: [\"\"]
+  resources: [configmaps]
+  resourceNames: [istio-ca-root-cert]
+  verbs: [list]
+- apiGroups: [\"\"]
+  resources: [secrets]
+  verbs: [list]
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
 ";
+
+/// What Mica asks of the API server in the namespace that the authority is kept in, as the rules of a role.
+pub const OWN_PERMISSIONS: &str = "\
+- apiGroups: [\"\"]
+  resources: [secrets]
+  resourceNames: [cacerts, istio-ca-secret]
+  verbs: [get, watch]
+- apiGroups: [\"\"]
+  resources: [configmaps]
+  resourceNames: [mica-authority]
+  verbs: [get]
+- apiGroups: [\"\"]
+  resources: [secrets, configmaps]
+  verbs: [create]
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  resourceNames: [mica]
+  verbs: [get, update]
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [create]
+";
+
+/// Where the authority is kept, unless something else is said: where Istio keeps it.
+const NAMESPACE: &str = "istio-system";
 
 /// As whom Mica writes: the field manager of its objects.
 pub const MANAGER: &str = "mica";
@@ -80,6 +120,8 @@ pub enum Error {
 pub struct Cluster {
     client: Client,
     place: Arc<str>,
+    /// Of the pod that this runs in.
+    namespace: Option<Arc<str>>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -104,7 +146,10 @@ impl Cluster {
             Err(fault) => return Err(Error::Kubeconfig(fault.to_string())),
         };
         match Config::incluster() {
-            Ok(config) => Self::new(config),
+            Ok(config) => {
+                let namespace = config.default_namespace.as_str().into();
+                Ok(Self { namespace: Some(namespace), ..Self::new(config)? })
+            }
             Err(fault) => Err(Error::Nowhere(format!("{missing}, and this is no pod: {fault}"))),
         }
     }
@@ -117,12 +162,22 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place })
+        Ok(Self { client, place, namespace: None })
     }
 
     /// Its address.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// With another namespace of Mica's own.
+    pub fn within(self, namespace: &str) -> Self {
+        Self { namespace: Some(namespace.into()), ..self }
+    }
+
+    /// The namespace that is Mica's own: that of its pod, unless something else was said.
+    pub fn namespace(&self) -> &str {
+        self.namespace.as_deref().unwrap_or(NAMESPACE)
     }
 
     /// The issuer of its service account tokens.

@@ -4,4 +4,5 @@
 #![allow(rustdoc::invalid_html_tags)]
 
 pub mod cli;
+pub mod istio_ca;
 pub mod serve;

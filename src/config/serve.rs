@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
+use super::istio_ca::IstioCa;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::DnsName;
-use crate::core::spiffe::TrustDomain;
+use crate::core::spiffe::{TrustDomain, is_namespace};
 use crate::telemetry::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -40,6 +41,18 @@ pub struct Args {
     /// mica runs in
     #[arg(long, env = "MICA_KUBE", hide_env = true)]
     pub kube: bool,
+
+    /// Namespace that the authority is kept in, in the cluster [default: the one of the pod that mica runs in, else
+    /// istio-system]
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "kube",
+        value_parser = namespace,
+        env = "MICA_NAMESPACE",
+        hide_env = true
+    )]
+    pub namespace: Option<String>,
 
     /// Folder for the authority's own state; made if missing, and held by one mica at a time
     #[arg(long, value_name = "DIR", default_value = "./.mica", env = "MICA_DATA_DIR", hide_env = true)]
@@ -176,6 +189,10 @@ pub struct Args {
     /// What is logged: error, warn, info or debug
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "MICA_LOG_LEVEL", hide_env = true)]
     pub log_level: tracing::Level,
+
+    /// What else `mica istio-ca` asks for.
+    #[arg(skip)]
+    pub istio_ca: Option<Box<IstioCa>>,
 }
 
 /// Where the service accounts are.
@@ -279,6 +296,15 @@ pub(super) fn default_names() -> Vec<ServingName> {
         .filter_map(|name| name.parse().ok().map(ServingName::Dns))
         .chain([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()].map(ServingName::Address))
         .collect()
+}
+
+fn namespace(name: &str) -> Result<String, String> {
+    if is_namespace(name) {
+        Ok(name.to_owned())
+    } else {
+        Err("no namespace can have this name: give 1 to 63 of a-z, 0-9 and -, with none of them - at an end"
+            .to_owned())
+    }
 }
 
 fn mode(text: &str) -> Result<u32, String> {

@@ -27,7 +27,7 @@ pub const ROOT_CERT: &str = "root-cert.pem";
 /// All names that a folder of an authority may use.
 pub const NAMES: [&str; 7] = [CA_CERT, CA_KEY, CERT_CHAIN, ROOT_CERT, "tls.crt", "tls.key", "ca.crt"];
 
-const FORMS: &str = "a folder of an authority holds ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem, or tls.crt, tls.key and ca.crt";
+const FORMS: &str = "an authority is ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem, or tls.crt, tls.key and ca.crt";
 
 /// Why files make no authority. Each names the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -296,7 +296,7 @@ mod tests {
         for name in [CA_CERT, CA_KEY, CERT_CHAIN, ROOT_CERT] {
             let mut files = istio(&pair);
             files.remove(name);
-            assert!(refused(&files).starts_with(&format!("{name} is missing; a folder of an authority")));
+            assert!(refused(&files).starts_with(&format!("{name} is missing; an authority is ca-cert.pem")));
         }
         assert!(refused(&files(&[("ca.crt", ""), ("x", "")])).starts_with("tls.crt and tls.key are missing"));
         assert!(

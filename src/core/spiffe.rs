@@ -198,6 +198,11 @@ impl std::str::FromStr for SpiffeId {
     }
 }
 
+/// Whether a namespace of Kubernetes can have a name.
+pub fn is_namespace(name: &str) -> bool {
+    is_dns_label(name)
+}
+
 /// A Kubernetes service account. One allocation, shared by all clones: a running Mica holds each in several maps.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceAccount(Arc<str>);

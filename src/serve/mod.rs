@@ -2,6 +2,7 @@
 
 mod bounds;
 mod codes;
+mod gather;
 mod grpc;
 mod health;
 mod istio;
@@ -40,6 +41,7 @@ use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertif
 use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
 use bounds::{Bounded, Unanswered};
+use gather::Gather;
 use grpc::GrpcOnly;
 use tls::ServingCertificate;
 
@@ -159,7 +161,7 @@ async fn accept(
 
 /// A connection whose handshake is done.
 struct Connection {
-    stream: TlsStream<Stream>,
+    stream: Gather<TlsStream<Stream>>,
     known: Connected,
 }
 
@@ -175,6 +177,7 @@ impl Connection {
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|der| der.clone().into_owned()).collect();
         let peer = Arc::new(Peer::new(source, certificates));
+        let stream = Gather::new(stream);
         Self { stream, known: Connected { peer, unanswered: Arc::default() } }
     }
 }
@@ -210,7 +213,6 @@ impl AsyncWrite for Connection {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
-    // Without it every piece of a frame would be a record, a packet and a system call of its own.
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

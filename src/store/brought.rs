@@ -68,7 +68,7 @@ impl BroughtStore {
 }
 
 impl AuthorityStore for BroughtStore {
-    fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
+    async fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
         // Before the files are read, so that a change in between is seen.
         self.watcher = self.watch();
         let files = self.read();

@@ -1,6 +1,7 @@
 //! Where the authority's key, certificates and roots are kept, and what is remembered of them.
 
 mod brought;
+mod made;
 mod own;
 mod pin;
 
@@ -8,7 +9,9 @@ use std::future::Future;
 use std::path::PathBuf;
 
 pub use brought::BroughtStore;
+pub use made::Made;
 pub use own::OwnStore;
+pub use pin::fingerprints;
 
 use crate::core::authority_files;
 use crate::core::bundle;
@@ -19,8 +22,8 @@ use crate::sys::{dir, files, keys, watch};
 /// Where an issuer comes from.
 pub trait AuthorityStore: Send {
     /// Reads the issuer, and makes one where that is this store's to do and there never was one. An issuer of other
-    /// roots than those this data folder has known is refused.
-    fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error>;
+    /// roots than those known before is refused.
+    fn load(&mut self, trust_domain: &TrustDomain) -> impl Future<Output = Result<Issuer, Error>> + Send;
 
     /// Waits until loading anew may give something else. May be dropped and called again.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
@@ -104,6 +107,9 @@ pub enum Error {
         /// The data folder.
         data: PathBuf,
     },
+    /// It is kept in a place of which other rooms know.
+    #[error(transparent)]
+    Elsewhere(Box<dyn std::error::Error + Send + Sync>),
     /// A new root could not be made.
     #[error(transparent)]
     Keys(#[from] keys::Error),
@@ -131,8 +137,8 @@ impl Error {
 }
 
 /// The longest file that is read from an authority's folder.
-const MAX_FILE: usize = 1024 * 1024;
+pub const MAX_FILE: usize = 1024 * 1024;
 /// The authority's folder within the data folder.
-const FOLDER: &str = "authority";
+pub const FOLDER: &str = "authority";
 /// The roots, within the data folder and within the authority's.
 pub const ROOTS: &str = authority_files::ROOT_CERT;

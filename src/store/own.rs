@@ -1,23 +1,13 @@
 //! The authority that Mica makes for itself: a folder that appears whole by one rename, and is never made twice.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use crate::core::authority_files::{self, CA_CERT, CA_KEY, CERT_CHAIN};
-use crate::core::bundle::TrustBundle;
-use crate::core::certificate::Certificate;
 use crate::core::issuer::{self, Issuer};
-use crate::core::key::KeyKind;
-use crate::core::lifetime::Lifetime;
-use crate::core::profile::{Organization, Profile};
 use crate::core::spiffe::TrustDomain;
 use crate::sys::dir::{Access, Dir};
-use crate::sys::{clock, keys};
 
-use super::{AuthorityStore, Error, FOLDER, MAX_FILE, ROOTS, pin};
-
-/// Ten years, as Istio's self-signed root since 1.1.8.
-const LIFETIME: Lifetime = Lifetime::from_secs(10 * 365 * 86_400);
+use super::{AuthorityStore, Error, FOLDER, MAX_FILE, Made, ROOTS, pin};
 
 /// An authority in the data folder.
 pub struct OwnStore {
@@ -66,23 +56,12 @@ impl OwnStore {
     }
 
     fn make(&self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
-        let key = keys::generate(KeyKind::P256)?;
-        let signing = key.signing()?;
-        let organization: Organization =
-            trust_domain.as_str().parse().unwrap_or_else(|_| Organization::default());
-        let profile = Profile::Root { organization: &organization, trust_domain };
-        let root = issuer::root(&signing, &profile, LIFETIME, clock::now(), keys::serial_number()?)?;
-        let root = Certificate::from_der(root.der()).map_err(issuer::Error::from)?;
-        let bundle = TrustBundle::new([root.clone()])
-            .map_err(|fault| Error::Bundle { path: self.data.path().join(ROOTS), fault })?;
-        let issuer = Issuer::new(Arc::new(signing), std::slice::from_ref(&root), bundle, trust_domain)?;
-        let pem = root.to_pem();
+        let Made { issuer, key, root_pem } = Made::new(trust_domain)?;
         self.data.replace_dir(FOLDER, Access::mode(0o700), |folder| {
-            for (name, text) in [(CA_CERT, pem.as_str()), (CERT_CHAIN, &pem), (ROOTS, &pem)] {
-                folder.write_new_synced(name, text.as_bytes(), Access::mode(0o644))?;
+            for name in [CA_CERT, CERT_CHAIN, ROOTS] {
+                folder.write_new_synced(name, root_pem.as_bytes(), Access::mode(0o644))?;
             }
-            let pem = key.to_pem();
-            folder.write_new_synced(CA_KEY, pem.as_bytes(), Access::mode(0o600))?;
+            folder.write_new_synced(CA_KEY, key.to_pem().as_bytes(), Access::mode(0o600))?;
             Ok::<_, Error>(())
         })?;
         Ok(issuer)
@@ -90,7 +69,7 @@ impl OwnStore {
 }
 
 impl AuthorityStore for OwnStore {
-    fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
+    async fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
         let issuer = match pin::folder(&self.data)? {
             Some(folder) => self.read(&folder, trust_domain)?,
             None => self.make(trust_domain)?,

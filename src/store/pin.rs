@@ -65,7 +65,7 @@ pub(super) fn publish(data: &Dir, bundle: &TrustBundle) -> Result<(), Error> {
 }
 
 /// How people compare roots.
-pub(super) fn fingerprints(bundle: &TrustBundle) -> String {
+pub fn fingerprints(bundle: &TrustBundle) -> String {
     let all: Vec<_> =
         bundle.roots().iter().map(|root| format!("sha256 {}", &root.fingerprint()[..16])).collect();
     all.join(", ")

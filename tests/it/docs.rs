@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use clap::CommandFactory as _;
+use mica::cluster::EventReason;
 use mica::config::cli::Cli;
 use mica::core::refusal::{Code, Reason};
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
@@ -184,6 +185,15 @@ fn every_reason_is_documented_with_its_code() {
             (name, code(&cells[1]).remove(0))
         })
         .collect();
+    assert_eq!(documented, ours);
+}
+
+#[test]
+fn every_reason_of_an_event_is_documented() {
+    let document = read("docs/operations.md");
+    let section = document.split_once("## Kubernetes Events").unwrap().1.split("\n## ").next().unwrap();
+    let documented: BTreeSet<_> = rows(section).into_keys().collect();
+    let ours: BTreeSet<_> = EventReason::ALL.iter().map(|reason| reason.name().to_owned()).collect();
     assert_eq!(documented, ours);
 }
 

@@ -431,7 +431,7 @@ fn a_folder_that_is_no_ca_is_refused_with_the_file_and_the_way_out() {
     for file in FOUR {
         fs::remove_file(place.path("bad").join(file)).expect("it is removed");
         let line = sign(&place);
-        assert!(line.contains(file) && line.contains("missing; a folder of an authority holds"), "{line}");
+        assert!(line.contains(file) && line.contains("missing; an authority is ca-cert.pem"), "{line}");
     }
 }
 

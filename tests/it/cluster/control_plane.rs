@@ -29,6 +29,8 @@ use tokio::runtime::Runtime;
 
 use crate::parts;
 
+/// Where the authority is kept, and everything else that is Mica's own.
+pub(crate) const HOME: &str = "istio-system";
 /// Whose tokens the API server makes.
 pub(crate) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 /// A start takes three to five seconds on a quiet machine.
@@ -80,6 +82,7 @@ impl ControlPlane {
         // It waits for the API server by itself.
         plane.start_controller_manager();
         plane.wait_until_ready();
+        plane.create::<Namespace>(None, &json!({"metadata": {"name": HOME}}));
         eprintln!("a control plane is ready after {:?}", begun.elapsed());
         plane
     }
@@ -87,6 +90,11 @@ impl ControlPlane {
     /// May do everything.
     pub(crate) fn client(&self) -> Client {
         self.client.get_or_init(|| client_of(&self.kubeconfig("admin"))).clone()
+    }
+
+    /// Where the API server listens.
+    pub(crate) fn api_address(&self) -> std::net::SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.api_port).into()
     }
 
     /// The path of a kubeconfig for a user, who is made and may do nothing unless told so.
@@ -114,12 +122,28 @@ impl ControlPlane {
         self.create::<k8s_openapi::api::rbac::v1::ClusterRoleBinding>(None, &binding);
     }
 
+    /// Lets a user do what the rules of a role say, in one namespace.
+    pub(crate) fn allow_in(&self, namespace: &str, user: &str, rules: &Value) {
+        let role = json!({"metadata": {"name": user}, "rules": rules});
+        self.create::<k8s_openapi::api::rbac::v1::Role>(Some(namespace), &role);
+        let binding = json!({
+            "metadata": {"name": user},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": user},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
+        });
+        self.create::<k8s_openapi::api::rbac::v1::RoleBinding>(Some(namespace), &binding);
+    }
+
     /// A namespace of a name that no other test has.
     pub(crate) fn namespace(&self) -> TestNamespace<'_> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed));
-        self.create::<Namespace>(None, &json!({"metadata": {"name": name}}));
+        self.make_namespace(&name);
         TestNamespace { plane: self, name }
+    }
+
+    pub(crate) fn make_namespace(&self, name: &str) {
+        self.create::<Namespace>(None, &json!({"metadata": {"name": name}}));
     }
 
     /// Makes the object of a node.
@@ -158,6 +182,29 @@ impl ControlPlane {
             command.arg(format!("--{flag}={}", path(file).display()));
         }
         self.run("kube-apiserver", command);
+    }
+
+    /// Keeps what the cluster is now.
+    pub(crate) fn back_up(&self) {
+        self.stop("kube-apiserver");
+        self.stop("etcd");
+        let (from, to) = (self.folder.join("etcd"), self.folder.join("etcd-backup"));
+        let copied = Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+        assert!(copied.success());
+        self.start_etcd();
+        self.start_api_server();
+        self.wait_until_ready();
+    }
+
+    /// Makes the cluster what it was when it was backed up.
+    pub(crate) fn restore(&self) {
+        self.stop("kube-apiserver");
+        self.stop("etcd");
+        fs::remove_dir_all(self.folder.join("etcd")).unwrap();
+        fs::rename(self.folder.join("etcd-backup"), self.folder.join("etcd")).unwrap();
+        self.start_etcd();
+        self.start_api_server();
+        self.wait_until_ready();
     }
 
     pub(crate) fn wait_until_ready(&self) {
@@ -298,7 +345,7 @@ impl ControlPlane {
         )
     }
 
-    fn create<K>(&self, namespace: Option<&str>, object: &Value) -> K
+    pub(crate) fn create<K>(&self, namespace: Option<&str>, object: &Value) -> K
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + std::fmt::Debug,
     {
@@ -411,7 +458,7 @@ fn named(object: &impl Resource<DynamicType = ()>) -> Object {
     Object { name: object.name_any(), uid: object.uid().unwrap() }
 }
 
-fn client_of(kubeconfig: &Path) -> Client {
+pub(super) fn client_of(kubeconfig: &Path) -> Client {
     runtime().block_on(async {
         let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
         let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();

@@ -6,13 +6,13 @@ use std::time::Duration;
 use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use mica::auth::{KeySource as _, Life, Liveness as _, Nodes as _, Reviewer as _};
-use mica::cluster::{Cluster, Objects, PERMISSIONS, TokenReviews};
+use mica::cluster::{Cluster, OWN_PERMISSIONS, Objects, PERMISSIONS, TokenReviews};
 use mica::core::caller::{Bound, Object};
 use mica::core::refusal::Reason;
 use mica::core::spiffe::ServiceAccount;
 use serde_json::Value;
 
-use super::control_plane::{ControlPlane, ISSUER, TestNamespace, runtime};
+use super::control_plane::{ControlPlane, HOME, ISSUER, TestNamespace, runtime};
 use crate::serve::wait_for;
 
 /// A control plane, as Mica with its permissions sees it.
@@ -30,6 +30,7 @@ pub(super) fn permitted(plane: &ControlPlane) -> Cluster {
     let _one_at_a_time = ONCE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if !plane.knows("mica") {
         plane.allow("mica", &permissions());
+        plane.allow_in(HOME, "mica", &serde_saphyr::from_str(OWN_PERMISSIONS).unwrap());
     }
     cluster(plane, "mica")
 }

@@ -1,8 +1,14 @@
 //! Mica and a real API server.
 
 mod control_plane;
+mod events;
 mod knowledge;
+mod lease;
+mod manifests;
+mod node;
+mod pods;
 mod served;
+mod state;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

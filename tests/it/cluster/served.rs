@@ -16,7 +16,7 @@ use crate::serve::mtls::{ask, connect, csr, reason};
 use crate::serve::{Mica, Place, output_within, wait_for};
 
 /// `mica serve --kube` as its users start it, with the permissions that the documents list.
-fn command(place: &Place, plane: &ControlPlane) -> Command {
+pub(super) fn command(place: &Place, plane: &ControlPlane) -> Command {
     permitted(plane);
     let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
     command.args(["serve", "--kube", "--data-dir"]).arg(place.data());
@@ -25,7 +25,7 @@ fn command(place: &Place, plane: &ControlPlane) -> Command {
     command
 }
 
-fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> Mica {
+pub(super) fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> Mica {
     place.start_command(command(place, plane).args(arguments))
 }
 
@@ -44,15 +44,15 @@ pub(crate) fn metrics_page() -> String {
 }
 
 /// A workload's connection.
-struct Client(Channel);
+pub(super) struct Client(Channel);
 
 impl Client {
-    fn new(mica: &Mica, place: &Place) -> Self {
+    pub(super) fn new(mica: &Mica, place: &Place) -> Self {
         Self(runtime().block_on(connect(mica, place, None)))
     }
 
     /// The URI of the certificate that a token gets.
-    fn identity(&self, token: &str) -> Result<String, Status> {
+    pub(super) fn identity(&self, token: &str) -> Result<String, Status> {
         self.ask(Some(token), None)
     }
 
@@ -255,7 +255,7 @@ fn a_start_without_the_api_server_waits_for_it() {
         });
         start(&place, &plane, &[])
     });
-    assert!(mica.log().contains("the issuer of the cluster's tokens cannot be asked for"), "{}", mica.log());
+    assert!(mica.log().contains("the authority cannot be read yet; trying again"), "{}", mica.log());
     assert_eq!(Client::new(&mica, &place).identity(&token).unwrap(), id(&namespace, "web"));
     mica.stop();
 }

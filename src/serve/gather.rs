@@ -1,0 +1,167 @@
+//! What is written to a connection, gathered. The answers of a moment leave together: one record, one packet and one
+//! system call for all of them, where the HTTP library writes each frame by itself.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// What a TLS record holds at most (RFC 8446 5.1). More is written without waiting for more.
+const MOST: usize = 16 * 1024;
+
+/// A stream whose writes are gathered until they are flushed, and until other tasks that are ready have had a chance to
+/// write, too.
+#[derive(Debug)]
+pub(super) struct Gather<S> {
+    stream: S,
+    /// Not written yet, from `written` on. Empty, and without memory, on a connection that idles.
+    gathered: Vec<u8>,
+    written: usize,
+    has_waited: bool,
+}
+
+impl<S> Gather<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self { stream, gathered: Vec::new(), written: 0, has_waited: false }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Gather<S> {
+    fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.written < self.gathered.len() {
+            let rest = &self.gathered[self.written..];
+            match ready!(Pin::new(&mut self.stream).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                count => self.written += count,
+            }
+        }
+        self.gathered = Vec::new();
+        self.written = 0;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[io::IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.gathered.len() >= MOST {
+            ready!(self.poll_write_out(cx))?;
+        }
+        let before = self.gathered.len();
+        pieces.iter().for_each(|piece| self.gathered.extend_from_slice(piece));
+        Poll::Ready(Ok(self.gathered.len() - before))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.written < self.gathered.len() && !std::mem::replace(&mut self.has_waited, true) {
+            // A task that wakes itself comes after those that are ready.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        ready!(self.poll_write_out(cx))?;
+        self.has_waited = false;
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_out(cx))?;
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+
+    use super::*;
+
+    /// Counts what is written at once.
+    struct Counted {
+        writes: Vec<Vec<u8>>,
+    }
+
+    impl AsyncWrite for Counted {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.writes.push(bytes.to_vec());
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_written_before_and_while_it_is_flushed_leaves_at_once() {
+        let mut gather = Gather::new(Counted { writes: Vec::new() });
+        gather.write_all(b"head").await.unwrap();
+        gather.write_all(b"body").await.unwrap();
+        let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut gather).poll_flush(cx).is_pending())).await;
+        assert!(first && gather.stream.writes.is_empty());
+        gather.write_all(b"more").await.unwrap();
+        gather.flush().await.unwrap();
+        assert_eq!(gather.stream.writes, [b"headbodymore".to_vec()]);
+        assert_eq!(gather.gathered.capacity(), 0);
+        gather.write_all(b"next").await.unwrap();
+        gather.flush().await.unwrap();
+        assert_eq!(gather.stream.writes.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn who_reads_nothing_is_written_no_more_than_a_record_and_a_piece() {
+        let (ours, mut theirs) = duplex(8);
+        let mut gather = Gather::new(ours);
+        let piece = [7; MOST - 1];
+        let mut taken = 0;
+        let refused = poll_fn(|cx| {
+            for _ in 0..10 {
+                match Pin::new(&mut gather).poll_write(cx, &piece) {
+                    Poll::Ready(count) => taken += count.unwrap(),
+                    Poll::Pending => return Poll::Ready(true),
+                }
+            }
+            Poll::Ready(false)
+        });
+        assert!(refused.await);
+        assert_eq!(taken, 2 * piece.len());
+        let ends = async {
+            gather.shutdown().await.unwrap();
+            drop(gather);
+        };
+        let mut read = Vec::new();
+        let (_, count) = tokio::join!(ends, theirs.read_to_end(&mut read));
+        assert_eq!(count.unwrap(), taken);
+    }
+}

@@ -1,0 +1,388 @@
+//! What `manifests/` and the examples beside it say, on a real API server.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use mica::cluster::PERMISSIONS;
+use serde_json::{Value, json};
+
+use super::control_plane::{ControlPlane, runtime};
+use crate::parts;
+use crate::serve::wait_for;
+
+const OWN: &str = "istio-system";
+const MICA: &str = "system:serviceaccount:istio-system:mica";
+/// Who is in it may do everything, as far as RBAC goes.
+const ALLOWED: &str = "test:allowed";
+
+/// A control plane on which `manifests/` was applied.
+fn plane() -> &'static ControlPlane {
+    static PLANE: OnceLock<ControlPlane> = OnceLock::new();
+    PLANE.get_or_init(|| {
+        let plane = ControlPlane::start();
+        let said = good(&plane, &["apply", "--validate=strict", "--filename=manifests/"]);
+        assert!(said.lines().all(|line| line.ends_with(" created")), "{said}");
+        plane
+    })
+}
+
+fn checkout() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn kubectl(plane: &ControlPlane, arguments: &[&str]) -> Output {
+    let home = plane.kubeconfig_of("admin");
+    Command::new(parts::kubernetes("kubectl"))
+        .args(arguments)
+        .current_dir(checkout())
+        .env("KUBECONFIG", &home)
+        .env("HOME", home.parent().unwrap())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn good(plane: &ControlPlane, arguments: &[&str]) -> String {
+    let output = kubectl(plane, arguments);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "kubectl {arguments:?}: {said}");
+    // What is deprecated or misspelt is only warned of.
+    assert!(!said.contains("Warning"), "kubectl {arguments:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// An object as the API server has it.
+fn object(kind: &str, name: &str) -> Value {
+    let namespace = format!("--namespace={OWN}");
+    serde_json::from_str(&good(plane(), &["get", kind, name, &namespace, "--output=json"])).unwrap()
+}
+
+/// The admin, who speaks as somebody else.
+fn client_as(plane: &ControlPlane, user: &str, groups: &[&str]) -> Client {
+    let kubeconfig = Kubeconfig::read_from(plane.kubeconfig_of("admin")).unwrap();
+    runtime().block_on(async {
+        let options = KubeConfigOptions::default();
+        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap();
+        config.auth_info.impersonate = Some(user.to_owned());
+        config.auth_info.impersonate_groups = Some(groups.iter().map(|group| (*group).to_owned()).collect());
+        Client::try_from(config).unwrap()
+    })
+}
+
+/// What the API server answers; of a refusal the code and the words.
+fn ask(client: &Client, method: &str, path: &str, body: &Value) -> Result<Value, (u16, String)> {
+    let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+    let request = http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header("content-type", kind)
+        .body(if body.is_null() { Vec::new() } else { serde_json::to_vec(body).unwrap() })
+        .unwrap();
+    match runtime().block_on(client.request(request)) {
+        Ok(answer) => Ok(answer),
+        Err(kube::Error::Api(status)) => Err((status.code, status.message)),
+        Err(fault) => panic!("{method} {path}: {fault}"),
+    }
+}
+
+fn secret(name: &str, kind: &str, account: Option<&str>) -> Value {
+    let annotations: Value = account.map(|account| json!({"istio.io/service-account.name": account})).into();
+    json!({
+        "apiVersion": "v1", "kind": "Secret", "type": kind,
+        "metadata": {"name": name, "annotations": annotations},
+    })
+}
+
+#[test]
+fn everything_applies_with_strict_validation_in_the_order_of_its_files_and_again() {
+    let plane = plane();
+    let said = good(plane, &["apply", "--validate=strict", "--filename=manifests/"]);
+    assert!(said.lines().all(|line| line.ends_with(" unchanged")), "{said}");
+    for what in ["--filename=manifests/", "--kustomize=manifests/"] {
+        let said = good(plane, &["apply", "--server-side", "--validate=strict", what]);
+        assert!(said.lines().count() > 12, "{said}");
+    }
+    // The examples are made of it.
+    for example in ["replace-istio-ca", "replace-istiod-ca", "one-namespace"] {
+        let folder = format!("examples/{example}");
+        let built = good(plane, &["kustomize", &folder]);
+        assert!(built.contains("kind: Deployment"), "{built}");
+        let kustomize = format!("--kustomize={folder}");
+        good(plane, &["apply", "--dry-run=server", "--server-side", "--validate=strict", &kustomize]);
+    }
+    // A misspelt field does not pass.
+    let text = std::fs::read_to_string(checkout().join("manifests/50-deployment.yaml")).unwrap();
+    let wrong = tempfile::tempdir().unwrap().path().with_extension("yaml");
+    std::fs::write(&wrong, text.replace("readinessProbe:", "readynessProbe:")).unwrap();
+    let refused =
+        kubectl(plane, &["apply", "--server-side", "--validate=strict", "-f", wrong.to_str().unwrap()]);
+    assert!(!refused.status.success());
+}
+
+#[test]
+fn the_rules_are_those_that_the_program_says_it_needs() {
+    let sorted = |rules: &Value| {
+        let mut rules: Vec<String> = rules.as_array().unwrap().iter().map(ToString::to_string).collect();
+        rules.sort();
+        rules
+    };
+    let said: Value = serde_saphyr::from_str(PERMISSIONS).unwrap();
+    assert_eq!(sorted(&object("clusterrole", "mica")["rules"]), sorted(&said));
+}
+
+#[test]
+fn its_pods_pass_the_restricted_standard_and_lesser_ones_do_not() {
+    let template = object("deployment", "mica")["spec"]["template"].clone();
+    let admin = plane().client();
+    let path = format!("/api/v1/namespaces/{OWN}/pods?dryRun=All");
+    let create = |change: &dyn Fn(&mut Value)| {
+        let mut pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "mica-0", "labels": template["metadata"]["labels"]},
+            "spec": template["spec"],
+        });
+        change(&mut pod["spec"]);
+        ask(&admin, "POST", &path, &pod)
+    };
+    create(&|_| {}).unwrap();
+    for change in [
+        (|spec| spec["securityContext"] = json!({})) as fn(&mut Value),
+        |spec| spec["containers"][0]["securityContext"]["capabilities"] = json!({}),
+        |spec| spec["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = true.into(),
+        |spec| spec["hostNetwork"] = true.into(),
+    ] {
+        let (code, said) = create(&change).unwrap_err();
+        assert!(code == 403 && said.contains("PodSecurity"), "{said}");
+    }
+}
+
+#[test]
+fn services_and_probes_lead_to_ports_that_the_pod_has() {
+    let template = object("deployment", "mica")["spec"]["template"].clone();
+    let container = &template["spec"]["containers"][0];
+    let ports = container["ports"].as_array().unwrap();
+    let number = |name: &Value| {
+        let port =
+            ports.iter().find(|port| port["name"] == *name).unwrap_or_else(|| panic!("no port {name}"));
+        port["containerPort"].as_u64().unwrap()
+    };
+    let arguments: Vec<_> =
+        container["args"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+    for (name, flag) in [("grpc", "--grpc-address"), ("http", "--http-address")] {
+        assert!(arguments.contains(&&*format!("{flag}=0.0.0.0:{}", number(&name.into()))), "{arguments:?}");
+    }
+    let service = object("service", "mica");
+    let leads: Vec<_> = service["spec"]["ports"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|port| (port["port"].as_u64().unwrap(), number(&port["targetPort"])))
+        .collect();
+    assert_eq!(leads, [(15012, 15012), (8060, 15012), (15014, 15014)]);
+    for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+        assert_eq!(number(&container[probe]["httpGet"]["port"]), 15014, "{probe}");
+    }
+    // All that choose pods choose these.
+    for selector in [
+        &service["spec"]["selector"],
+        &object("networkpolicy", "mica")["spec"]["podSelector"]["matchLabels"],
+        &object("poddisruptionbudget", "mica")["spec"]["selector"]["matchLabels"],
+        &object("deployment", "mica")["spec"]["selector"]["matchLabels"],
+    ] {
+        assert_eq!(*selector, template["metadata"]["labels"]);
+    }
+    // A name that clients have, and that is not in the certificate, would be refused by them.
+    let names = arguments.iter().find_map(|word| word.strip_prefix("--dns-names=")).unwrap();
+    for name in ["mica.istio-system.svc", "istio-ca.istio-system.svc", "istio-ca", "istiod.istio-system.svc"]
+    {
+        assert!(names.split(',').any(|named| named == name), "{name}");
+    }
+}
+
+#[test]
+fn whoever_has_micas_token_writes_nothing_but_what_mica_writes() {
+    let plane = plane();
+    let admin = plane.client();
+    let role = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+        "metadata": {"name": "allowed"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": ALLOWED}],
+    });
+    ask(&admin, "POST", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", &role).unwrap();
+    let mica = client_as(plane, MICA, &[ALLOWED]);
+    let somebody = client_as(plane, "system:serviceaccount:istio-system:other", &[ALLOWED]);
+    let space = plane.namespace();
+    let (shop, own) = (format!("/api/v1/namespaces/{}", space.name), format!("/api/v1/namespaces/{OWN}"));
+    let [theirs, ours] = [&shop, &own].map(|namespace| format!("{namespace}/secrets"));
+    let bundles = "/apis/certificates.k8s.io/v1/clustertrustbundles".to_owned();
+
+    let delivered =
+        |account: &str| secret(&format!("istio.{account}"), "istio.io/key-and-cert", Some(account));
+    let config = |name: &str, data: Value| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data});
+    let roots = |name: &str| config(name, json!({"root-cert.pem": "roots"}));
+    // An API server begins to judge a moment after it was told the policy.
+    for (path, body) in [(&theirs, secret("x", "Opaque", None)), (&format!("{shop}/configmaps"), roots("x"))]
+    {
+        wait_for(Duration::from_secs(20), "the policies", || {
+            ask(&mica, "POST", &format!("{path}?dryRun=All"), &body).err()
+        });
+    }
+
+    let granted = |method: &str, path: &str, body: Value| {
+        ask(&mica, method, path, &body).unwrap_or_else(|(_, said)| panic!("{method} {path}: {said}"));
+    };
+    let refused = |method: &str, path: &str, body: Value| {
+        let Err((code, said)) = ask(&mica, method, path, &body) else { panic!("{method} {path} {body}") };
+        assert!(code == 403 && said.contains("ValidatingAdmissionPolicy 'mica-"), "{method} {path}: {said}");
+        // It is about Mica alone.
+        let tried = if path.contains('?') { path.to_owned() } else { format!("{path}?dryRun=All") };
+        if let Err((_, said)) = ask(&somebody, method, &tried, &body) {
+            panic!("{method} {path} is refused to others too: {said}");
+        }
+    };
+    let there = |path: &str, body: Value| ask(&admin, "POST", path, &body).unwrap();
+
+    // The secrets of accounts.
+    granted("POST", &theirs, delivered("web"));
+    granted("POST", &ours, delivered("default"));
+    granted("PATCH", &format!("{theirs}/istio.web"), json!({"data": {"key.pem": "eA=="}}));
+    granted("DELETE", &format!("{theirs}/istio.web"), Value::Null);
+    refused("POST", &theirs, secret("web", "istio.io/key-and-cert", Some("web")));
+    refused("POST", &theirs, secret("istio.web", "istio.io/key-and-cert", Some("db")));
+    refused("POST", &theirs, secret("istio.web", "istio.io/key-and-cert", None));
+    refused("POST", &theirs, secret("istio.web", "Opaque", Some("web")));
+    refused("POST", &theirs, secret("istio.web", "istio.io/ca-root", Some("web")));
+    refused("POST", &theirs, secret("istio-ca-secret", "istio.io/ca-root", None));
+    // Another's of such a name is left alone.
+    there(&theirs, secret("istio.taken", "Opaque", Some("taken")));
+    refused("PATCH", &format!("{theirs}/istio.taken"), json!({"data": {"key.pem": "eA=="}}));
+    refused("DELETE", &format!("{theirs}/istio.taken"), Value::Null);
+    there(&theirs, secret("password", "Opaque", None));
+    refused("PATCH", &format!("{theirs}/password"), json!({"data": {"a": "eA=="}}));
+    refused("DELETE", &format!("{theirs}/password"), Value::Null);
+    // One whose annotation somebody has taken off or changed is repaired, and not made another's.
+    there(&theirs, secret("istio.bare", "istio.io/key-and-cert", Some("other")));
+    let annotated =
+        |account: &str| json!({"metadata": {"annotations": {"istio.io/service-account.name": account}}});
+    granted("PATCH", &format!("{theirs}/istio.bare"), annotated("bare"));
+    refused("PATCH", &format!("{theirs}/istio.bare"), annotated("web"));
+
+    // The authority: made, never changed.
+    granted("POST", &format!("{ours}?dryRun=All"), secret("istio-ca-secret", "istio.io/ca-root", None));
+    refused("POST", &format!("{ours}?dryRun=All"), secret("istio-ca-secret", "Opaque", None));
+    refused("POST", &ours, secret("cacerts", "Opaque", None));
+    there(&ours, secret("istio-ca-secret", "istio.io/ca-root", None));
+    refused("PATCH", &format!("{ours}/istio-ca-secret"), json!({"data": {"ca-key.pem": "eA=="}}));
+    refused("DELETE", &format!("{ours}/istio-ca-secret"), Value::Null);
+    ask(&admin, "DELETE", &format!("{ours}/istio-ca-secret"), &Value::Null).unwrap();
+
+    // The roots, and the memory of them.
+    let maps = [&shop, &own].map(|namespace| format!("{namespace}/configmaps"));
+    granted("POST", &maps[0], roots("istio-ca-root-cert"));
+    granted("PATCH", &format!("{}/istio-ca-root-cert", maps[0]), json!({"data": {"root-cert.pem": "x"}}));
+    granted("POST", &format!("{}?dryRun=All", maps[1]), roots("mica-authority"));
+    refused("POST", &maps[0], roots("mica-authority"));
+    refused("POST", &maps[0], roots("kube-root-ca.crt"));
+    refused(
+        "PATCH",
+        &format!("{}/kube-root-ca.crt", there_is(&admin, &maps[0])),
+        json!({"data": {"x": "y"}}),
+    );
+    let key = "-----BEGIN EC PRIVATE KEY-----";
+    refused(
+        "POST",
+        &format!("{}?dryRun=All", maps[1]),
+        config("istio-ca-root-cert", json!({"root-cert.pem": key})),
+    );
+
+    // Its trust bundle alone.
+    let pem = std::fs::read_to_string(plane.kubeconfig_of("admin").with_file_name("ca.crt")).unwrap();
+    let bundle = |name: &str, signer: Option<&str>| {
+        json!({
+            "apiVersion": "certificates.k8s.io/v1", "kind": "ClusterTrustBundle", "metadata": {"name": name},
+            "spec": {"signerName": signer, "trustBundle": pem},
+        })
+    };
+    granted("POST", &bundles, bundle("mica.dev:workload:cluster.local", Some("mica.dev/workload")));
+    let path = format!("{bundles}/mica.dev:workload:cluster.local");
+    granted("PATCH", &path, json!({"metadata": {"labels": {"a": "b"}}}));
+    granted("DELETE", &path, Value::Null);
+    refused("POST", &bundles, bundle("roots", None));
+    refused("POST", &bundles, bundle("example.org:other:x", Some("example.org/other")));
+}
+
+/// The path of the config maps of a namespace in which there is one of Kubernetes' own.
+fn there_is(admin: &Client, path: &str) -> String {
+    let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kube-root-ca.crt"}});
+    ask(admin, "POST", path, &map).unwrap();
+    path.to_owned()
+}
+
+#[test]
+fn the_image_holds_the_program_and_what_it_needs_and_comes_out_the_same_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let build = |name: &str, flags: &[&str]| -> PathBuf {
+        let archive = folder.path().join(name);
+        let made = Command::new(checkout().join("packaging/image"))
+            .args(flags)
+            .arg(env!("CARGO_BIN_EXE_mica"))
+            .arg(&archive)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        archive
+    };
+    let archive = build("a.tar", &[]);
+    let again = build("b.tar", &[]);
+    let digest =
+        |path: &Path| parts::openssl().args(["dgst", "-sha256", "-r"]).arg(path).output().unwrap().stdout;
+    assert_eq!(digest(&archive)[..64], digest(&again)[..64]);
+
+    let config = |archive: &Path, into: &Path| {
+        std::fs::create_dir(into).unwrap();
+        untar(archive, into);
+        let read = |file: &Path| -> Value { serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap() };
+        let blob = |of: &Value| {
+            let digest = of["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
+            let path = into.join("blobs/sha256").join(&digest);
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), of["size"].as_u64().unwrap());
+            let said = parts::openssl().args(["dgst", "-sha256", "-r"]).arg(&path).output().unwrap().stdout;
+            assert!(said.starts_with(digest.as_bytes()), "{digest}");
+            path
+        };
+        let manifest = read(&blob(&read(&into.join("index.json"))["manifests"][0]));
+        (read(&blob(&manifest["config"])), blob(&manifest["layers"][0]))
+    };
+    let (mica, layer) = config(&archive, &folder.path().join("mica"));
+    assert_eq!(mica["config"]["User"], "65532:65532");
+    assert_eq!(mica["config"]["Entrypoint"], json!(["/usr/local/bin/mica"]));
+    let (istio_ca, _) = config(&build("c.tar", &["--istio-ca"]), &folder.path().join("istio-ca"));
+    assert_eq!(istio_ca["config"]["Entrypoint"], json!(["/usr/local/bin/istio_ca", "--self-signed-ca"]));
+
+    // As that user in that root, under both names.
+    let root = folder.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    untar(&layer, &root);
+    for called in ["mica --version", "istio_ca version", "istio_ca --help"] {
+        let (name, argument) = called.split_once(' ').unwrap();
+        let mut command = Command::new("chroot");
+        command.arg("--userspec=65532:65532").arg(&root).arg(format!("/usr/local/bin/{name}")).arg(argument);
+        let said = command.output().unwrap();
+        assert!(said.status.success(), "{called}: {said:?}");
+        let is_istio_ca = String::from_utf8_lossy(&said.stdout).contains("--self-signed-ca-org");
+        assert_eq!(is_istio_ca, called == "istio_ca --help");
+    }
+    // No shell, nothing to run but Mica.
+    let programs: Vec<_> = std::fs::read_dir(root.join("usr/local/bin")).unwrap().collect();
+    assert!(programs.len() == 2 && !root.join("bin").exists() && !root.join("usr/bin").exists());
+}
+
+fn untar(archive: &Path, into: &Path) {
+    let done = Command::new("tar").arg("-C").arg(into).arg("-xf").arg(archive).output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+}
