@@ -29,7 +29,6 @@ use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
-use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
@@ -42,7 +41,7 @@ pub(super) enum Subjects {
     /// The accounts of a folder of manifests.
     Folder { source: Box<FolderSource>, secrets: PathBuf },
     /// The accounts of a cluster.
-    Cluster(Cluster),
+    Cluster { cluster: Cluster, tellings: Arc<Events> },
 }
 
 /// Subjects that are being followed.
@@ -72,7 +71,7 @@ impl Subjects {
     pub(super) fn cluster(&self) -> Option<&Cluster> {
         match self {
             Self::Folder { .. } => None,
-            Self::Cluster(cluster) => Some(cluster),
+            Self::Cluster { cluster, .. } => Some(cluster),
         }
     }
 
@@ -93,9 +92,9 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => {
-                Ok(follow_cluster(args, cluster, policy, tokens, authority, registry, stopped, tasks))
-            }
+            Self::Cluster { cluster, tellings } => Ok(follow_cluster(
+                args, cluster, tellings, policy, tokens, authority, registry, stopped, tasks,
+            )),
         }
     }
 }
@@ -156,6 +155,7 @@ fn follow_folder(
 fn follow_cluster(
     args: &Args,
     cluster: Cluster,
+    tellings: Arc<Events>,
     policy: &Arc<LivingPolicy>,
     tokens: &Arc<Tokens>,
     authority: &Arc<Authority>,
@@ -165,7 +165,7 @@ fn follow_cluster(
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
-    let election = Election::new(&cluster);
+    let election = Election::new(&cluster, tellings.clone());
     election.register(registry);
     let mut leadership = election.leadership();
     let stop = stopping(stopped);
@@ -173,7 +173,6 @@ fn follow_cluster(
         election.run(stop).await;
         Ok(())
     });
-    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     let (posted, delivered) = (tellings.clone(), tellings.clone());
     tasks.spawn(until(stopping(stopped), async move { posted.post().await }));

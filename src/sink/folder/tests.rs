@@ -718,9 +718,9 @@ fn a_publication_killed_at_any_step_is_healed() {
                 Found::Damaged(_) => assert!(!renewal, "a renewal leaves a whole set at any time"),
                 Found::Set(found) => {
                     assert!(Some(&found.set) == old.as_ref() || found.set == set(2));
+                }
                 Found::Foreign(why) => panic!("after {count} changes: {why}"),
                 Found::Released(at) => panic!("after {count} changes: released until {at}"),
-                Found::Foreign(why) => panic!("after {count} changes: {why}"),
             }
             sink.publish_now(&web(), &set(3)).unwrap();
             assert_whole(&sink, &web(), &set(3));
