@@ -16,14 +16,17 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Election, Events, Objects};
+use crate::cluster::{
+    AccountSource, Cluster, Election, Events, Leadership, Namespaces, Objects, Roots, RootsOptions, Secrets,
+    Told, Wanted,
+};
 use crate::config::serve::Args;
-use crate::reconcile::{self, Event, Reconciler, Report};
+use crate::core::selection::Rules;
+use crate::reconcile::{self, Event, Judge, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
-use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
@@ -34,7 +37,7 @@ pub(super) enum Subjects {
     /// The accounts of a folder of manifests.
     Folder { source: Box<FolderSource>, secrets: PathBuf },
     /// The accounts of a cluster.
-    Cluster(Cluster),
+    Cluster { cluster: Cluster, tellings: Arc<Events> },
 }
 
 /// Subjects that are being followed.
@@ -55,8 +58,8 @@ pub(super) struct Followed {
 pub(super) enum First {
     /// Certificates were delivered into this folder.
     Delivered(PathBuf, Report),
-    /// The accounts of the API server at this address are known.
-    Known(String),
+    /// The accounts of the API server at this address are known, and have their secrets if this replica writes them.
+    Known(String, Option<Report>),
 }
 
 impl Subjects {
@@ -64,7 +67,7 @@ impl Subjects {
     pub(super) fn cluster(&self) -> Option<&Cluster> {
         match self {
             Self::Folder { .. } => None,
-            Self::Cluster(cluster) => Some(cluster),
+            Self::Cluster { cluster, .. } => Some(cluster),
         }
     }
 
@@ -84,7 +87,9 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => Ok(follow_cluster(args, cluster, tokens, registry, stopped, tasks)),
+            Self::Cluster { cluster, tellings } => {
+                Ok(follow_cluster(args, cluster, tellings, tokens, authority, registry, stopped, tasks))
+            }
         }
     }
 }
@@ -141,37 +146,82 @@ fn follow_folder(
     Ok(Followed { liveness, nodes: None, first, reported, events })
 }
 
+#[expect(clippy::too_many_arguments, reason = "called once, from above")]
 fn follow_cluster(
     args: &Args,
     cluster: Cluster,
+    tellings: Arc<Events>,
     tokens: &Arc<Tokens>,
+    authority: &Arc<Authority>,
     registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
     let objects = Arc::new(Objects::new(&cluster));
     objects.register(registry);
-    let election = Election::new(&cluster);
+    let election = Election::new(&cluster, tellings.clone());
     election.register(registry);
+    let leadership = election.leadership();
     let stop = stopping(stopped);
     tasks.spawn(async move {
         election.run(stop).await;
         Ok(())
     });
-    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
-    let (events, mut inbox) = mpsc::channel(EVENTS);
-    // Nobody has anything delivered that a new issuer would have to replace.
-    tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));
+    let posted = tellings.clone();
+    tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+    let own = cluster.namespace().to_owned();
+    let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
+    let rules = Rules {
+        watched: watched.map(|names| names.iter().cloned().collect()),
+        by_default: args.namespaces_by_default,
+        own: own.clone(),
+    };
+    let namespaces = Arc::new(Namespaces::new(&cluster, rules));
+    namespaces.register(registry);
+    let chosen = namespaces.clone();
+    tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+    let options = RootsOptions {
+        config_map: args.root_config_map().map(str::to_owned),
+        trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+        own,
+    };
+    let door = authority.clone();
+    let current = Box::new(move || door.issuer().bundle().clone());
+    let roots =
+        Arc::new(Roots::new(&cluster, options, current, namespaces.clone(), leadership.clone(), tellings));
+    roots.register(registry);
+    tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    let metrics = reconcile::Metrics::default();
+    metrics.register(registry);
+    let (events, inbox) = mpsc::channel(EVENTS);
     let followed = objects.clone();
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
+    let (passed, first_pass) = oneshot::channel();
+    let (chosen, known) = (namespaces.clone(), objects.clone());
+    let wanted: Wanted = Arc::new(move |account| {
+        chosen.choice(account.namespace()).is_some_and(|choice| choice.serves(known.deliver(account)))
+    });
+    let delivery = Delivery {
+        cluster: cluster.clone(),
+        objects: objects.clone(),
+        wanted,
+        namespaces: namespaces.clone(),
+        leadership: leadership.clone(),
+        authority: authority.clone(),
+        options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
+        metrics,
+        stopped: stopped.clone(),
+    };
+    tasks.spawn(until(stopping(stopped), delivery.run(inbox, passed)));
     let (told, first) = oneshot::channel();
     let (reported, is_reported) = oneshot::channel();
     let (place, known, settled) = (cluster.place().to_owned(), objects.clone(), tokens.clone());
     tasks.spawn(until(stopping(stopped), async move {
         tokio::join!(known.completed(), settled.settled());
-        let _ = told.send(First::Known(place));
+        // A replica that does not write need not wait for the one that does.
+        let report = if leadership.may_write() { first_pass.await.ok() } else { None };
+        let _ = told.send(First::Known(place, report));
         let _ = is_reported.await;
         std::future::pending().await
     }));
@@ -183,6 +233,111 @@ fn follow_cluster(
         }
     });
     Followed { liveness: objects.clone(), nodes: Some(objects), first, reported, events }
+}
+
+/// Keeps the secrets of a cluster's accounts, while this replica may write.
+struct Delivery {
+    cluster: Cluster,
+    objects: Arc<Objects>,
+    wanted: Wanted,
+    namespaces: Arc<Namespaces>,
+    leadership: Leadership,
+    authority: Arc<Authority>,
+    options: reconcile::Options,
+    metrics: reconcile::Metrics,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Delivery {
+    /// Term by term. `first` hears of the first pass of the first one.
+    async fn run(self, mut inbox: mpsc::Receiver<Event>, first: oneshot::Sender<Report>) {
+        let mut leadership = self.leadership.clone();
+        let mut first = Some(first);
+        loop {
+            // What is to be told to somebody who does not write is told to nobody.
+            tokio::select! {
+                () = leadership.gained() => {}
+                event = inbox.recv() => match event {
+                    Some(_) => continue,
+                    None => return,
+                },
+            }
+            tokio::select! {
+                () = self.term(&mut inbox, &mut first) => {}
+                () = leadership.lost() => tracing::info!("this replica writes no longer"),
+            }
+        }
+    }
+
+    /// Begins with nothing known, and ends when it is dropped.
+    async fn term(&self, inbox: &mut mpsc::Receiver<Event>, first: &mut Option<oneshot::Sender<Report>>) {
+        let Self { objects, wanted, authority, namespaces, .. } = self;
+        let flips = namespaces.flips();
+        // Nobody is given up for not being known yet.
+        namespaces.completed().await;
+        let mut source = AccountSource::new(objects.clone(), wanted.clone());
+        let secrets = Arc::new(Secrets::new(
+            &self.cluster,
+            objects.clone(),
+            wanted.clone(),
+            self.leadership.clone(),
+            self.cluster.namespace(),
+        ));
+        let judge = Judge::new(authority.clone());
+        let (events, told) = mpsc::channel(EVENTS);
+        let (passed, first_pass) = oneshot::channel();
+        let (metrics, stopped) = (self.metrics.clone(), self.stopped.clone());
+        let reconciler = Reconciler::new(
+            authority.clone(),
+            secrets.clone(),
+            self.options,
+            metrics,
+            stopped,
+            report::progress(),
+        );
+        let follow = async {
+            let change = source.next().await;
+            if events.send(Event::Source(change)).await.is_err() {
+                return;
+            }
+            let mut watch = secrets.watch();
+            loop {
+                let event = tokio::select! {
+                    change = source.next() => Event::Source(change),
+                    flipped = flips.next() => {
+                        flipped.iter().for_each(|namespace| objects.tell_again(namespace));
+                        continue;
+                    }
+                    Some(event) = inbox.recv() => event,
+                    Some(told) = watch.next() => match told {
+                        Told::Listing => Event::Listing,
+                        Told::Found(account, found) => {
+                            let observed = judge.observed(&account, found);
+                            Event::Seen(account, observed)
+                        }
+                        Told::Listed => Event::Listed,
+                        Told::Disturbed(accounts) => Event::Disturbed(accounts),
+                    },
+                };
+                if events.send(event).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let pass = async {
+            if let Ok(report) = first_pass.await
+                && let Some(first) = first.take()
+            {
+                let _ = first.send(report);
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = reconciler.run(told, passed) => {}
+            () = follow => {}
+            () = pass => {}
+        }
+    }
 }
 
 /// How many documents, files and folders of the source cannot be read at the moment.

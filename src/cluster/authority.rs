@@ -7,9 +7,10 @@ mod remembered;
 mod watching;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Secret};
 use kube::Client;
 use kube::core::Request;
 use kube::core::params::{GetParams, PostParams};
@@ -18,6 +19,7 @@ use tokio::time::{Instant, sleep};
 use zeroize::Zeroizing;
 
 use super::call::{Call, Fault, call, jittered};
+use super::events::{EventReason, Events, Severity};
 use super::{Cluster, MANAGER};
 use crate::core::authority_files::{self, CA_CERT, CA_KEY, CERT_CHAIN};
 use crate::core::bundle::TrustBundle;
@@ -149,6 +151,7 @@ impl From<Fault> for Failure {
 /// An authority in the cluster.
 pub struct ClusterStore {
     kept: Kept,
+    tellings: Arc<Events>,
     watching: Watching,
     next_look: Instant,
 }
@@ -166,11 +169,24 @@ struct Kept {
 
 impl ClusterStore {
     /// Takes the data folder, whose lock the caller holds.
-    pub fn new(cluster: &Cluster, data: Dir) -> Self {
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>, data: Dir) -> Self {
         let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
         let kept = Kept { client, namespace, data, known: None, seen: None };
-        Self { kept, watching, next_look: Instant::now() + LOOK }
+        Self { kept, tellings, watching, next_look: Instant::now() + LOOK }
+    }
+
+    /// Tells of it beside the secret. What ends a start ends it before anything could be posted.
+    fn tell(&self, error: &store::Error) {
+        let is_brought = self.kept.seen.as_ref().is_some_and(|[brought, ..]| brought.is_some());
+        let secret = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Secret".to_owned()),
+            name: Some(if is_brought { BROUGHT } else { OWN }.to_owned()),
+            namespace: Some(self.kept.namespace.clone()),
+            ..ObjectReference::default()
+        };
+        self.tellings.tell(&secret, Severity::Warning, EventReason::AuthorityUnusable, error.to_string());
     }
 }
 
@@ -343,7 +359,10 @@ impl AuthorityStore for ClusterStore {
         loop {
             let fault = match self.kept.attempt(trust_domain).await {
                 Ok(issuer) => return Ok(issuer),
-                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Final(error)) => {
+                    self.tell(&error);
+                    return Err(error);
+                }
                 Err(Failure::Later(fault)) => fault,
             };
             let mut wait = jittered(pause);

@@ -1,5 +1,6 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
+mod accounts;
 mod authority;
 mod call;
 mod events;
@@ -7,9 +8,13 @@ mod known;
 mod lease;
 mod live;
 mod metrics;
+mod namespaces;
 mod objects;
 mod review;
+mod roots;
+mod secrets;
 mod seen;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
@@ -21,11 +26,15 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
+pub use accounts::{AccountSource, Wanted};
 pub use authority::{AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
+pub use namespaces::{Flips, Namespaces};
 pub use objects::Objects;
 pub use review::TokenReviews;
+pub use roots::{Roots, RootsOptions};
+pub use secrets::{SecretWatch, Secrets, Told};
 
 use crate::auth::{Answer, KeySource};
 
@@ -36,19 +45,30 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
-- apiGroups: [events.k8s.io]
-  resources: [events]
-  verbs: [create]
-- apiGroups: [authentication.k8s.io]
-  resources: [tokenreviews]
-  verbs: [create]
+- apiGroups: [\"\"]
+  resources: [namespaces]
+  verbs: [list, watch]
 - apiGroups: [\"\"]
   resources: [configmaps]
   resourceNames: [istio-ca-root-cert]
-  verbs: [list]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [clustertrustbundles]
+  resourceNames: [mica.dev:workload:cluster.local]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [signers]
+  resourceNames: [mica.dev/workload]
+  verbs: [attest]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
 - apiGroups: [\"\"]
   resources: [secrets]
-  verbs: [list]
+  verbs: [get, list, watch, create, update, delete]
+- apiGroups: [authentication.k8s.io]
+  resources: [tokenreviews]
+  verbs: [create]
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
 ";
@@ -80,6 +100,8 @@ const NAMESPACE: &str = "istio-system";
 
 /// As whom Mica writes: the field manager of its objects.
 pub const MANAGER: &str = "mica";
+/// The label of its objects, with its own namespace for a value.
+pub const MANAGED_BY: &str = "mica.dev/managed-by";
 
 /// A single request, waiting for its turn included.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -122,6 +144,7 @@ pub struct Cluster {
     place: Arc<str>,
     /// Of the pod that this runs in.
     namespace: Option<Arc<str>>,
+    metrics: metrics::Metrics,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -162,7 +185,7 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place, namespace: None })
+        Ok(Self { client, place, namespace: None, metrics: metrics::Metrics::default() })
     }
 
     /// Its address.

@@ -79,8 +79,12 @@ pub enum Observed {
     Absent,
     /// Something is there that Mica did not write, and will not touch: why.
     Foreign(String),
+    /// Mica's own, of an account that is not served any more and may still use it until its leaf expires, then.
+    Released(OffsetDateTime),
     /// Mica's own, and not good: why.
     Bad(String),
+    /// Good, and without the marks that Mica gives to its own: another CA's, which Mica takes over as it is.
+    Unmarked(Good),
     /// Mica's own, and good.
     Good(Good),
 }
@@ -121,6 +125,8 @@ impl fmt::Display for Why {
 pub enum Step {
     /// Issue a certificate and deliver it.
     Deliver(Why),
+    /// Give Mica's marks to what is there, and leave it else as it is.
+    Mark(Good),
     /// Take away what was delivered.
     Remove,
     /// Leave it, and look again then.
@@ -144,11 +150,15 @@ pub fn step(desired: bool, settled: bool, observed: &Observed, now: OffsetDateTi
     match (desired || !settled, observed) {
         (_, Observed::Foreign(_)) | (false, Observed::Absent) => Step::Nothing,
         (true, Observed::Absent) if !desired => Step::Nothing,
+        // Whoever wants it again says so, and it is looked at again.
+        (true, Observed::Released(_)) => Step::Nothing,
+        (false, Observed::Released(not_after)) if now < *not_after => Step::Wait(*not_after),
         (false, _) => Step::Remove,
         (true, Observed::Absent) => Step::Deliver(Why::New),
         (true, Observed::Bad(fault)) => Step::Deliver(Why::Repair(fault.clone())),
+        (true, Observed::Unmarked(good)) if now < good.renew_at => Step::Mark(*good),
         (true, Observed::Good(good)) if now < good.renew_at => Step::Wait(good.renew_at),
-        (true, Observed::Good(good)) => {
+        (true, Observed::Good(good) | Observed::Unmarked(good)) => {
             // Near the end of its issuer a new leaf would end when the old one does, and the next half of what is
             // left would be shorter each time: renewing without gain, ever faster.
             let gained = Validity::below(None, now, policy.lifetime).not_after.min(policy.issuer_not_after)
@@ -181,6 +191,7 @@ mod tests {
         let fresh = Observed::Good(Good { renew_at: NOW + HOUR, not_after: NOW + 10 * HOUR });
         let due = Observed::Good(Good { renew_at: NOW, not_after: NOW + 10 * HOUR });
         let bad = || Observed::Bad("gone".to_owned());
+        let theirs = Good { renew_at: NOW + HOUR, not_after: NOW + 10 * HOUR };
         let foreign = Observed::Foreign("theirs".to_owned());
         for (desired, settled, observed, expected) in [
             (true, true, Observed::Absent, Step::Deliver(Why::New)),
@@ -196,6 +207,12 @@ mod tests {
             (false, false, due, Step::Deliver(Why::Renewal)),
             (false, false, bad(), Step::Deliver(Why::Repair("gone".to_owned()))),
             (false, false, Observed::Absent, Step::Nothing),
+            (true, true, Observed::Unmarked(theirs), Step::Mark(theirs)),
+            (true, true, Observed::Unmarked(Good { renew_at: NOW, ..theirs }), Step::Deliver(Why::Renewal)),
+            (false, true, Observed::Unmarked(theirs), Step::Remove),
+            (false, true, Observed::Released(NOW + HOUR), Step::Wait(NOW + HOUR)),
+            (false, true, Observed::Released(NOW), Step::Remove),
+            (true, true, Observed::Released(NOW + HOUR), Step::Nothing),
         ] {
             assert_eq!(
                 step(desired, settled, &observed, NOW, &policy()),

@@ -475,7 +475,7 @@ fn authority() -> CertifiedIssuer<'static, KeyPair> {
 }
 
 /// Below those that the kernel gives to whoever asks for any, so that nobody else has it a moment later.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let begin = u16::try_from(std::process::id() % 12_000).unwrap();
     loop {
@@ -487,7 +487,7 @@ fn free_port() -> u16 {
 }
 
 /// The kernel ends them with the thread they come from, and a test's thread ends with the test.
-fn spawn_from_a_thread_that_stays(command: Command) -> Child {
+pub(super) fn spawn_from_a_thread_that_stays(command: Command) -> Child {
     type Order = (Command, mpsc::Sender<std::io::Result<Child>>);
     static ORDERS: OnceLock<Mutex<mpsc::Sender<Order>>> = OnceLock::new();
     let orders = ORDERS.get_or_init(|| {

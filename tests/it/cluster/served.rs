@@ -17,10 +17,15 @@ use crate::serve::{Mica, Place, output_within, wait_for};
 
 /// `mica serve --kube` as its users start it, with the permissions that the documents list.
 pub(super) fn command(place: &Place, plane: &ControlPlane) -> Command {
+    command_at(place, plane, "127.0.0.1:0")
+}
+
+/// The same, with its HTTP port at an address.
+pub(super) fn command_at(place: &Place, plane: &ControlPlane, http: &str) -> Command {
     permitted(plane);
     let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
     command.args(["serve", "--kube", "--data-dir"]).arg(place.data());
-    command.args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]);
+    command.args(["--grpc-address", "127.0.0.1:0", "--http-address", http]);
     command.env("KUBECONFIG", plane.kubeconfig_of("mica")).stdin(Stdio::null());
     command
 }
@@ -68,6 +73,18 @@ impl Client {
     }
 
     fn ask(&self, token: Option<&str>, wanted: Option<&str>) -> Result<String, Status> {
+        let chain = self.answer(token, wanted)?;
+        let leaf = Certificate::all_from_pem(chain[0].as_bytes()).unwrap().remove(0);
+        assert_eq!(leaf.uris.len(), 1);
+        Ok(leaf.uris[0].clone())
+    }
+
+    /// The leaf, and all above it, that a token gets, PEM.
+    pub(super) fn pem(&self, token: &str) -> Result<Vec<String>, Status> {
+        self.answer(Some(token), None)
+    }
+
+    fn answer(&self, token: Option<&str>, wanted: Option<&str>) -> Result<Vec<String>, Status> {
         let mut asked = ask(csr("spiffe://cluster.local/ns/some/sa/body"));
         asked.metadata = wanted.map(|wanted| {
             let kind = Some(prost_types::value::Kind::StringValue(wanted.to_owned()));
@@ -79,10 +96,7 @@ impl Client {
             request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
         }
         let mut client = IstioCertificateServiceClient::new(self.0.clone());
-        let answer = runtime().block_on(client.create_certificate(request))?.into_inner();
-        let leaf = Certificate::all_from_pem(answer.cert_chain[0].as_bytes()).unwrap().remove(0);
-        assert_eq!(leaf.uris.len(), 1);
-        Ok(leaf.uris[0].clone())
+        Ok(runtime().block_on(client.create_certificate(request))?.into_inner().cert_chain)
     }
 
     /// The code and the reason of a refusal.
@@ -150,7 +164,7 @@ fn it_is_ready_when_all_accounts_and_pods_are_known() {
     let (place, plane) = (Place::new(), ControlPlane::shared());
     let mica = start(&place, plane, &[]);
     assert_eq!(mica.page("/readyz").0, 200);
-    assert!(mica.report().contains("Service accounts of https://127.0.0.1:"), "{}", mica.report());
+    assert!(mica.report().contains("accounts of https://127.0.0.1:"), "{}", mica.report());
     mica.stop();
 }
 
