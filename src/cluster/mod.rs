@@ -69,9 +69,6 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
-- apiGroups: [\"\"]
-  resources: [secrets]
-  verbs: [list]
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
 ";
