@@ -20,7 +20,7 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, ClusterStore};
+use crate::cluster::{AsIstioCa, Cluster, ClusterStore};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -32,7 +32,7 @@ use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
-use crate::store::{AuthorityStore, BroughtStore, OwnStore};
+use crate::store::{AuthorityStore, BroughtStore, OwnStore, Place};
 use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
@@ -111,7 +111,14 @@ async fn start(typed: Typed) -> Result<(), Error> {
             let source = FolderSource::open(folder, &excluded).map_err(usage)?;
             (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
         }
-        Origin::Cluster => (Subjects::Cluster(Cluster::find().await.map_err(usage)?), "--kube".to_owned()),
+        Origin::Cluster => {
+            let named = args.istio_ca.as_ref().and_then(|ours| ours.kubeconfig.as_deref());
+            let cluster = match named {
+                Some(kubeconfig) => Cluster::named(kubeconfig).await,
+                None => Cluster::find().await,
+            };
+            (Subjects::Cluster(cluster.map_err(usage)?), "--kube".to_owned())
+        }
     };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
     let since = report::moment(clock::now());
@@ -119,20 +126,32 @@ async fn start(typed: Typed) -> Result<(), Error> {
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
     Addresses::withdraw(&data).map_err(fault)?;
-    match (&args.authority, subjects.cluster()) {
+    let istio_ca = args.istio_ca.as_deref();
+    let place = match istio_ca.and_then(|ours| ours.authority.clone()) {
+        Some(files) => Some(Place::Files(files)),
+        None => args.authority.clone().map(Place::Folder),
+    };
+    match (place, subjects.cluster()) {
         (None, Some(cluster)) => {
             let namespace = args.namespace.clone().unwrap_or_else(|| cluster.namespace().to_owned());
-            let store = ClusterStore::new(cluster, namespace, data.try_clone().map_err(fault)?);
+            let mut store = ClusterStore::new(cluster, namespace, data.try_clone().map_err(fault)?);
+            if let Some(ours) = istio_ca {
+                store = store.as_istio_ca(AsIstioCa {
+                    namespace: ours.namespace.clone(),
+                    organization: ours.organization.clone(),
+                    lifetime: ours.root_lifetime,
+                });
+            }
             run_with(typed, data, subjects, store, signals).await
         }
         (None, None) => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
             run_with(typed, data, subjects, store, signals).await
         }
-        (Some(folder), _) => {
+        (Some(place), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
-            let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
+            let store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
             run_with(typed, data, subjects, store, signals).await
         }
     }
@@ -145,7 +164,10 @@ async fn run_with(
     mut store: impl AuthorityStore + 'static,
     mut signals: Signals,
 ) -> Result<(), Error> {
-    let grpc = bind(args.grpc_address, "--grpc-address").await?;
+    let grpc = match args.istio_ca.as_ref().is_none_or(|ours| ours.grpc) {
+        true => Some(bind(args.grpc_address, "--grpc-address").await?),
+        false => None,
+    };
     let http = bind(args.http_address, "--http-address").await?;
     // Before the sink, whose record shows that there was an authority.
     let issuer =
@@ -214,8 +236,10 @@ async fn run_with(
     tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
-    let addresses =
-        Addresses { grpc: grpc.local_addr().map_err(fault)?, http: http.local_addr().map_err(fault)? };
+    let addresses = Addresses {
+        grpc: grpc.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
+        http: http.local_addr().map_err(fault)?,
+    };
     // Clients may hang on for ever, as those do that watch the health.
     let cut_off = || {
         let stopping = stopping();
@@ -233,12 +257,14 @@ async fn run_with(
         }
     });
     let (ends, cut) = (stopping(), cut_off());
-    tasks.spawn(async move {
+    if let Some(grpc) = grpc {
+        tasks.spawn(async move {
         tokio::select! {
             served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });
+    }
 
     let announced = async {
         let Ok(first) = first.await else { return std::future::pending().await };

@@ -149,11 +149,16 @@ fn follow_cluster(
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
-    let objects = Arc::new(Objects::new(&cluster));
+    // Whoever had istio-ca's rights may neither follow pods nor post Events.
+    let is_istio_ca = args.istio_ca.is_some();
+    let objects = Objects::new(&cluster);
+    let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
+    if !is_istio_ca {
+        tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
+    }
     let (events, mut inbox) = mpsc::channel(EVENTS);
     // Nobody has anything delivered that a new issuer would have to replace.
     tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));

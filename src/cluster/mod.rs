@@ -12,16 +12,17 @@ mod review;
 mod seen;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::config::{KubeConfigOptions, KubeconfigError};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::core::Request;
 use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
-pub use authority::{AuthorityError, ClusterStore};
+pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::Leadership;
 pub use objects::Objects;
@@ -131,6 +132,20 @@ impl std::fmt::Debug for Cluster {
 }
 
 impl Cluster {
+    /// The API server that a kubeconfig names.
+    pub async fn named(kubeconfig: &Path) -> Result<Self, Error> {
+        let read = async {
+            let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await
+        };
+        match read.await {
+            Ok(config) => Self::new(config),
+            // As below.
+            Err(KubeconfigError::Parse(_)) => Err(Error::Kubeconfig("it is no kubeconfig".to_owned())),
+            Err(fault) => Err(Error::Kubeconfig(fault.to_string())),
+        }
+    }
+
     /// The API server that `KUBECONFIG` or `~/.kube/config` names, or the one of the pod that this runs in.
     pub async fn find() -> Result<Self, Error> {
         let missing = match Config::from_kubeconfig(&KubeConfigOptions::default()).await {

@@ -30,6 +30,8 @@ pub struct Objects {
     pods: Kept<Pods>,
     nodes: Kept<NodeNames>,
     nodes_wanted: Notify,
+    /// Without, nothing is known of them but what is read once.
+    follows_pods: bool,
     metrics: Metrics,
 }
 
@@ -50,8 +52,16 @@ impl Objects {
             pods: Kept::default(),
             nodes: Kept::default(),
             nodes_wanted: Notify::new(),
+            follows_pods: true,
             metrics,
         }
+    }
+
+    /// Does not follow pods, as where that is not allowed.
+    pub fn without_pods(mut self) -> Self {
+        self.follows_pods = false;
+        self.pods.complete.send_replace(true);
+        self
     }
 
     /// Follows the cluster for ever. Nodes are followed once somebody has asked for one, since few need them.
@@ -60,7 +70,12 @@ impl Objects {
             self.nodes_wanted.notified().await;
             self.watch(&self.nodes).await;
         };
-        tokio::join!(self.watch(&self.accounts), self.watch(&self.pods), nodes);
+        let pods = async {
+            if self.follows_pods {
+                self.watch(&self.pods).await;
+            }
+        };
+        tokio::join!(self.watch(&self.accounts), pods, nodes);
     }
 
     /// Waits until all accounts and pods have been seen once.
