@@ -113,11 +113,15 @@ async fn start(typed: Typed) -> Result<(), Error> {
         }
         Origin::Cluster => {
             let named = args.istio_ca.as_ref().and_then(|ours| ours.kubeconfig.as_deref());
-            let cluster = match named {
+            let found = match named {
                 Some(kubeconfig) => Cluster::named(kubeconfig).await,
                 None => Cluster::find().await,
             };
-            (Subjects::Cluster(cluster.map_err(usage)?), "--kube".to_owned())
+            let mut cluster = found.map_err(usage)?;
+            if let Some(namespace) = &args.namespace {
+                cluster = cluster.within(namespace);
+            }
+            (Subjects::Cluster(cluster), "--kube".to_owned())
         }
     };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
@@ -133,8 +137,7 @@ async fn start(typed: Typed) -> Result<(), Error> {
     };
     match (place, subjects.cluster()) {
         (None, Some(cluster)) => {
-            let namespace = args.namespace.clone().unwrap_or_else(|| cluster.namespace().to_owned());
-            let mut store = ClusterStore::new(cluster, namespace, data.try_clone().map_err(fault)?);
+            let mut store = ClusterStore::new(cluster, data.try_clone().map_err(fault)?);
             if let Some(ours) = istio_ca {
                 store = store.as_istio_ca(AsIstioCa {
                     namespace: ours.namespace.clone(),

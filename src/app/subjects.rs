@@ -16,7 +16,7 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Events, Objects};
+use crate::cluster::{Cluster, Election, Events, Objects};
 use crate::config::serve::Args;
 use crate::reconcile::{self, Event, Reconciler, Report};
 use crate::sink::Sink as _;
@@ -154,6 +154,13 @@ fn follow_cluster(
     let objects = Objects::new(&cluster);
     let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
+    let election = Election::new(&cluster);
+    election.register(registry);
+    let stop = stopping(stopped);
+    tasks.spawn(async move {
+        election.run(stop).await;
+        Ok(())
+    });
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     if !is_istio_ca {

@@ -9,6 +9,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch::{Receiver, Sender};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use crate::core::policy::{self, Limits, Policy};
@@ -79,9 +80,14 @@ impl LivingPolicy {
         let Some(file) = &self.file else { return std::future::pending().await };
         let mut seen = None;
         loop {
-            // Before the file is read, so that a change in between is seen.
-            let watcher = watch(file);
-            let found = read(file);
+            let named = file.clone();
+            // A file system may hang.
+            let looked = spawn_blocking(move || {
+                // Before the file is read, so that a change in between is seen.
+                let watcher = watch(&named);
+                (watcher, read(&named))
+            });
+            let (watcher, found) = looked.await.unwrap_or_else(|fault| (None, Err(fault.to_string())));
             if seen.as_ref() != Some(&found) {
                 self.take(file, &found);
                 seen = Some(found);

@@ -12,7 +12,7 @@ use prost::Message as _;
 use prost::bytes::{BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tonic::codegen::http::header::AUTHORIZATION;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Request};
 use tonic::{Code, Status};
@@ -24,6 +24,8 @@ use crate::proto::istio::v1::auth::IstioCertificateRequest;
 const PATH: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 /// After a connection that failed, so that a server that is gone is not called ever faster.
 const RETRY: Duration = Duration::from_millis(100);
+/// For answers to what was asked last.
+const PATIENCE: Duration = Duration::from_secs(35);
 /// In an open loop: more than these are not sent, which is counted.
 const BACKLOG: usize = 20_000;
 
@@ -139,8 +141,12 @@ where
         }
         Some(rate) => pace(&run, rate, started, &mut lanes).await,
     }
-    while lanes.join_next().await.is_some() {}
+    while let Ok(Some(_)) = timeout_at(run.end + PATIENCE, lanes.join_next()).await {}
     let mut outcome = run.outcome().clone();
+    if !lanes.is_empty() {
+        let unanswered = format!("no answer within {} s of the end", PATIENCE.as_secs());
+        outcome.failed.insert(unanswered, lanes.len() as u64);
+    }
     outcome.elapsed = started.elapsed();
     outcome
 }
@@ -430,6 +436,33 @@ mod tests {
         assert_eq!(latency.longest(), Duration::from_millis(10));
         latency.add(Duration::ZERO);
         latency.add(Duration::MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_never_answers_is_not_waited_for_for_ever() {
+        let servers = Arc::new(Mutex::new(JoinSet::new()));
+        let dial = move || {
+            let (client, server) = tokio::io::duplex(1 << 16);
+            servers.lock().unwrap().spawn(async move {
+                let mut connection = h2::server::handshake(server).await.unwrap();
+                let mut unanswered = Vec::new();
+                while let Some(request) = connection.accept().await {
+                    unanswered.push(request);
+                }
+            });
+            std::future::ready(Ok(client))
+        };
+        let load = Load {
+            connections: 1,
+            in_flight: 3,
+            duration: Duration::from_secs(1),
+            requests: u64::MAX,
+            rate: None,
+            new_connections: false,
+        };
+        let call = Call::new("localhost", None, &[IstioCertificateRequest::default()]);
+        let outcome = timeout_at(Instant::now() + 2 * PATIENCE, put(dial, call, &load)).await.unwrap();
+        assert_eq!((outcome.granted, outcome.failures()), (0, 3));
     }
 
     #[test]

@@ -179,9 +179,9 @@ struct Kept {
 }
 
 impl ClusterStore {
-    /// Takes the namespace that the authority is kept in, and the data folder, whose lock the caller holds.
-    pub fn new(cluster: &Cluster, namespace: String, data: Dir) -> Self {
-        let client = cluster.client.clone();
+    /// Takes the data folder, whose lock the caller holds.
+    pub fn new(cluster: &Cluster, data: Dir) -> Self {
+        let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
         let kept = Kept { client, namespace, data, known: None, seen: None, as_istio_ca: None };
         Self { kept, watching, next_look: Instant::now() + LOOK }

@@ -1,11 +1,36 @@
-//! Which replica may write.
+//! Which replica may write: the Lease `mica`.
 
+use std::fmt;
+use std::future::Future;
 use std::time::Duration;
 
+use kube::Client;
+use kube::core::Request;
+use kube::core::params::{GetParams, PostParams};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
+use time::macros::format_description;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::PATIENCE;
+use super::call::{Call, Fault, call, jittered};
+use super::{Cluster, MANAGER, PATIENCE};
+use crate::core::election::{Candidate, Record, Step};
+use crate::sys::{self, clock, keys};
+
+/// The lease's name.
+const LEASE: &str = "mica";
+/// For how long it is good after each write.
+const LASTS: Duration = Duration::from_secs(15);
+/// It is written, or looked at, about this often.
+const TURN: Duration = Duration::from_secs(2);
+/// And again about this soon after a failure.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Another's is respected about so much longer, and those who wait do not come all at once.
+const MARGIN: Duration = Duration::from_secs(1);
 
 /// Whether this replica may write into the cluster, and until when. Clones share one answer.
 ///
@@ -23,7 +48,7 @@ impl Leadership {
 
     /// Whether a write that begins now ends before another replica can write.
     pub fn may_write(&self) -> bool {
-        self.0.borrow().is_some_and(|until| Instant::now() + PATIENCE < until)
+        may_write(*self.0.borrow())
     }
 
     /// Waits until this replica may write.
@@ -44,6 +69,227 @@ impl Leadership {
             }
         }
     }
+}
+
+/// One replica's part in the election.
+pub struct Election {
+    client: Client,
+    namespace: String,
+    candidate: Candidate,
+    /// The lease as it was last read or written.
+    lease: Option<Value>,
+    begun: Instant,
+    until: watch::Sender<Option<Instant>>,
+    /// What was last said to be wrong.
+    fault: Option<String>,
+}
+
+impl Election {
+    /// Takes part from [`Election::run`] on.
+    pub fn new(cluster: &Cluster) -> Self {
+        let suffix: u64 = keys::random_bytes().map_or(0, u64::from_le_bytes);
+        let name = format!("{}_{suffix:016x}", sys::host_name());
+        Self {
+            client: cluster.client.clone(),
+            namespace: cluster.namespace().to_owned(),
+            candidate: Candidate::new(name, LASTS, jittered(MARGIN)),
+            lease: None,
+            begun: Instant::now(),
+            until: watch::Sender::new(None),
+            fault: None,
+        }
+    }
+
+    /// For whoever writes.
+    pub fn leadership(&self) -> Leadership {
+        Leadership(self.until.subscribe())
+    }
+
+    /// Registers what is counted.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register_collector(Box::new(Leader(self.until.clone())));
+    }
+
+    /// Takes part until `stop` resolves, and then gives the lease back, once nobody here writes any more.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
+        tokio::select! {
+            () = stop => {}
+            () = self.take_turns() => {}
+        }
+        let leads = self.until.send_replace(None).is_some();
+        if leads {
+            // Whoever writes holds a Leadership; what outlives that has begun before, and has an end.
+            let _ = tokio::time::timeout(PATIENCE, self.until.closed()).await;
+            self.give_back().await;
+        }
+    }
+
+    async fn take_turns(&mut self) {
+        loop {
+            let turned = self.turn().await;
+            let now = self.now();
+            if let Err(fault) = &turned {
+                let text = fault.to_string();
+                if self.fault.as_ref() != Some(&text) {
+                    tracing::warn!(fault = text, "the lease can be neither read nor written; trying again");
+                    self.fault = Some(text);
+                }
+            } else {
+                self.fault = None;
+            }
+            self.publish(now);
+            tokio::time::sleep(jittered(if turned.is_ok() { TURN } else { AGAIN })).await;
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    fn publish(&self, now: Duration) {
+        let until = self.candidate.until(now).map(|until| self.begun + until);
+        let before = self.until.send_replace(until);
+        let holder = self.candidate.name();
+        match (before, until) {
+            (None, Some(_)) => tracing::info!(holder, "this replica writes into the cluster"),
+            (Some(_), None) => tracing::warn!(holder, "this replica writes into the cluster no longer"),
+            _ => {}
+        }
+    }
+
+    /// Looks and writes, as the case may be.
+    async fn turn(&mut self) -> Result<(), Fault> {
+        // One's own needs no look: if it is another's, the write fails.
+        if self.candidate.step(self.now()) != Step::Renew {
+            self.look().await?;
+        }
+        match self.act().await {
+            Err(Fault::Taken(_) | Fault::Absent(_)) if self.lease.is_some() => {
+                self.look().await?;
+                match self.act().await {
+                    // Somebody was faster, again.
+                    Err(Fault::Taken(_)) => Ok(()),
+                    acted => acted,
+                }
+            }
+            Err(Fault::Taken(_)) => Ok(()),
+            acted => acted,
+        }
+    }
+
+    async fn look(&mut self) -> Result<(), Fault> {
+        let request = Request::new(self.path()).get(LEASE, &GetParams::default());
+        let lease: Option<Value> = match call(&self.client, self.what("get"), request).await {
+            Ok(lease) => Some(lease),
+            Err(Fault::Absent(_)) => None,
+            Err(fault) => return Err(fault),
+        };
+        self.candidate.saw(lease.as_ref().map(record), self.now());
+        self.lease = lease;
+        Ok(())
+    }
+
+    async fn act(&mut self) -> Result<(), Fault> {
+        let begun = self.now();
+        let step = self.candidate.step(begun);
+        let (verb, lease) = match (step, &self.lease) {
+            (Step::Wait, _) => return Ok(()),
+            (Step::Create, _) | (_, None) => ("create", self.own(None, step)),
+            (Step::Take | Step::Renew, Some(lease)) => ("update", self.own(Some(lease), step)),
+        };
+        let lease = self.write(verb, &lease).await?;
+        self.candidate.wrote(record(&lease), begun, self.now());
+        self.lease = Some(lease);
+        Ok(())
+    }
+
+    async fn write(&self, verb: &'static str, lease: &Value) -> Result<Value, Fault> {
+        let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+        let (path, body) = (Request::new(self.path()), lease.to_string().into_bytes());
+        let request = match verb {
+            "create" => path.create(&params, body),
+            _ => path.replace(LEASE, &params, body),
+        };
+        call(&self.client, self.what(verb), request).await
+    }
+
+    /// The lease with us as its holder. What others have put there stays.
+    fn own(&self, lease: Option<&Value>, step: Step) -> Value {
+        let now = moment();
+        let mut own = lease.cloned().unwrap_or_else(|| {
+            json!({
+                "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+                "metadata": {"name": LEASE, "namespace": self.namespace},
+            })
+        });
+        let transitions = own["spec"]["leaseTransitions"].as_i64().unwrap_or(0);
+        own["spec"]["leaseDurationSeconds"] = LASTS.as_secs().into();
+        own["spec"]["renewTime"] = now.clone().into();
+        if step != Step::Renew {
+            own["spec"]["holderIdentity"] = self.candidate.name().into();
+            own["spec"]["acquireTime"] = now.into();
+            let more = i64::from(step == Step::Take);
+            own["spec"]["leaseTransitions"] = (transitions.saturating_add(more) & i64::from(i32::MAX)).into();
+        }
+        own
+    }
+
+    async fn give_back(&mut self) {
+        self.candidate.resign();
+        let Some(mut lease) = self.lease.take() else { return };
+        lease["spec"]["holderIdentity"] = "".into();
+        lease["spec"]["leaseDurationSeconds"] = 1.into();
+        lease["spec"]["renewTime"] = moment().into();
+        match self.write("update", &lease).await {
+            Ok(_) => tracing::info!("the lease was given back"),
+            Err(fault) => tracing::warn!(%fault, "the lease cannot be given back; it ends by itself"),
+        }
+    }
+
+    fn what(&self, verb: &'static str) -> Call<'_> {
+        Call { verb, resource: "leases", namespace: Some(&self.namespace), name: Some(LEASE) }
+    }
+
+    fn path(&self) -> String {
+        format!("/apis/coordination.k8s.io/v1/namespaces/{}/leases", self.namespace)
+    }
+}
+
+fn record(lease: &Value) -> Record {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    Record {
+        version: text(&lease["metadata"]["resourceVersion"]),
+        holder: text(&lease["spec"]["holderIdentity"]),
+        lasts: Duration::from_secs(lease["spec"]["leaseDurationSeconds"].as_u64().unwrap_or(0)),
+    }
+}
+
+/// For people.
+fn moment() -> String {
+    clock::now()
+        .format(format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z"))
+        .unwrap_or_default()
+}
+
+/// Whether this replica writes now.
+struct Leader(watch::Sender<Option<Instant>>);
+
+impl fmt::Debug for Leader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Leader")
+    }
+}
+
+impl Collector for Leader {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let gauge = ConstGauge::new(u64::from(may_write(*self.0.borrow())));
+        let help = "1 while this replica may write into the cluster, else 0";
+        gauge.encode(encoder.encode_descriptor("mica_leader", help, None, gauge.metric_type())?)
+    }
+}
+
+fn may_write(until: Option<Instant>) -> bool {
+    until.is_some_and(|until| Instant::now() + PATIENCE < until)
 }
 
 #[cfg(test)]

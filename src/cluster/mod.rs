@@ -24,7 +24,7 @@ use serde::Deserialize;
 
 pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
-pub use lease::Leadership;
+pub use lease::{Election, Leadership};
 pub use objects::Objects;
 pub use review::TokenReviews;
 
@@ -185,7 +185,12 @@ impl Cluster {
         &self.place
     }
 
-    /// The namespace that is Mica's own: that of its pod.
+    /// With another namespace of Mica's own.
+    pub fn within(self, namespace: &str) -> Self {
+        Self { namespace: Some(namespace.into()), ..self }
+    }
+
+    /// The namespace that is Mica's own: that of its pod, unless something else was said.
     pub fn namespace(&self) -> &str {
         self.namespace.as_deref().unwrap_or(NAMESPACE)
     }

@@ -159,8 +159,6 @@ reasons! {
     IdentityDenied, "IDENTITY_DENIED", PermissionDenied;
     /// The CSR names somebody else (HandleCSR alone).
     CsrIdentity, "CSR_IDENTITY", PermissionDenied;
-    /// Somebody else's decisions are not explained.
-    NotYours, "NOT_YOURS", PermissionDenied;
 
     /// Too many requests are waiting.
     QueueFull, "QUEUE_FULL", ResourceExhausted;

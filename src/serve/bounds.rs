@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -21,6 +22,7 @@ use tonic::server::NamedService;
 use tonic::{Code, Status};
 
 use super::codes::status;
+use super::requests::Requests;
 use crate::core::refusal::{Reason, Refusal};
 
 /// A request for a certificate fits many times, even one of an RSA-4096 key with a hundred names.
@@ -72,15 +74,21 @@ impl Drop for Open {
 }
 
 /// A service whose requests have their time.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Bounded<S> {
     inner: S,
     within: Duration,
+    counted: Option<(Arc<Requests>, &'static str)>,
 }
 
 impl<S> Bounded<S> {
     pub(super) fn new(inner: S, within: Duration) -> Self {
-        Self { inner, within }
+        Self { inner, within, counted: None }
+    }
+
+    /// Of a service that has one method, which asks for certificates: what is too long to get there counts too.
+    pub(super) fn counted(inner: S, requests: Arc<Requests>, method: &'static str) -> Self {
+        Self { inner, within: ANSWERED, counted: Some((requests, method)) }
     }
 }
 
@@ -104,7 +112,14 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let connection = request.extensions().get::<super::Connected>();
         let open = connection.map(|connection| connection.unanswered.begin(self.within));
-        Answering { inner: self.inner.call(request), open }
+        let counted = self.counted.clone().zip(connection.map(|connection| connection.peer.source));
+        let too_long = counted.map(|((requests, method), source)| TooLong {
+            requests,
+            method,
+            source,
+            begun: Instant::now(),
+        });
+        Answering { inner: self.inner.call(request), open, too_long }
     }
 }
 
@@ -112,6 +127,15 @@ where
 pub(super) struct Answering<F> {
     inner: F,
     open: Option<Open>,
+    too_long: Option<TooLong>,
+}
+
+/// What is known of a request that is too long to be read.
+struct TooLong {
+    requests: Arc<Requests>,
+    method: &'static str,
+    source: IpAddr,
+    begun: Instant,
 }
 
 impl<F> Future for Answering<F>
@@ -124,7 +148,11 @@ where
         let Poll::Ready(Ok(response)) = Pin::new(&mut self.inner).poll(cx) else { return Poll::Pending };
         if is_too_large(&response) {
             let sentence = format!("the request is longer than {LARGEST_MESSAGE} bytes");
-            return Poll::Ready(Ok(status(&Refusal::new(Reason::CsrMalformed, sentence)).into_http()));
+            let refusal = Refusal::new(Reason::CsrMalformed, sentence);
+            if let Some(TooLong { requests, method, source, begun }) = &self.too_long {
+                requests.answered(method, None, Some(&refusal), *begun, *source, None);
+            }
+            return Poll::Ready(Ok(status(&refusal).into_http()));
         }
         let open = self.open.take();
         Poll::Ready(Ok(response.map(|body| {

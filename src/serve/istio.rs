@@ -18,6 +18,9 @@ use crate::proto::istio::v1::auth as istio;
 use crate::proto::istio::v1::auth::istio_ca_service_server::IstioCaService;
 use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertificateService;
 
+/// The methods, as metrics and the log have them.
+pub(super) const CREATE_CERTIFICATE: &str = "CreateCertificate";
+pub(super) const HANDLE_CSR: &str = "HandleCSR";
 /// Metadata of CreateCertificate: which of several signers. There is one.
 const CERT_SIGNER: &str = "CertSigner";
 /// Metadata of CreateCertificate: a SPIFFE ID that a node's proxy asks for.
@@ -37,11 +40,10 @@ impl IstioCertificateService for Istio {
         &self,
         request: Request<istio::IstioCertificateRequest>,
     ) -> Result<Response<istio::IstioCertificateResponse>, Status> {
-        const METHOD: &str = "CreateCertificate";
         let (metadata, extensions, asked) = request.into_parts();
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
         let ask = Ask {
-            method: METHOD,
+            method: CREATE_CERTIFICATE,
             csr: Some(asked.csr.as_bytes()),
             lifetime: lifetime(asked.validity_duration),
             wishes: wishes(asked.metadata.as_ref()),
@@ -61,7 +63,7 @@ impl IstioCaService for Istio {
         let (metadata, extensions, asked) = request.into_parts();
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
         let ask = Ask {
-            method: "HandleCSR",
+            method: HANDLE_CSR,
             csr: Some(&asked.csr_pem),
             lifetime: None,
             wishes: Ok(Wishes::default()),

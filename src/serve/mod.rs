@@ -85,7 +85,7 @@ pub async fn serve(
     let acceptor = TlsAcceptor::from(Arc::new(certificate.config()));
     let incoming = tokio_stream::wrappers::ReceiverStream::new(connections);
     let identity = mica::Identity { requests: requests.clone() };
-    let istio = istio::Istio { requests };
+    let istio = istio::Istio { requests: requests.clone() };
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
     let serving = Server::builder()
@@ -113,14 +113,16 @@ pub async fn serve(
             IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             bounds::ANSWERED,
         )))
-        .add_service(GrpcOnly(Bounded::new(
+        .add_service(GrpcOnly(Bounded::counted(
             IstioCertificateServiceServer::new(istio.clone())
                 .max_decoding_message_size(bounds::LARGEST_MESSAGE),
-            bounds::ANSWERED,
+            requests.clone(),
+            istio::CREATE_CERTIFICATE,
         )))
-        .add_service(GrpcOnly(Bounded::new(
+        .add_service(GrpcOnly(Bounded::counted(
             IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-            bounds::ANSWERED,
+            requests,
+            istio::HANDLE_CSR,
         )))
         .serve_with_incoming_shutdown(incoming, stop);
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);

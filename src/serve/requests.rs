@@ -1,5 +1,6 @@
 //! Requests for certificates, whichever protocol they came by: who asks, may they, and then the authority's one door.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
@@ -66,7 +67,7 @@ pub struct Requests {
     policy: Arc<LivingPolicy>,
     calendar: Mutex<Calendar>,
     queue: Queue,
-    pub(super) metrics: Metrics,
+    metrics: Metrics,
 }
 
 impl Requests {
@@ -94,23 +95,35 @@ impl Requests {
         let work = self.try_grant(ask, evidence, &mut caller).instrument(span);
         let granted =
             self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
-        let authenticator = caller.as_ref().map(|caller: &Caller| caller.proof.name());
-        self.metrics.answered(ask.method, authenticator, granted.as_ref().err(), begun.elapsed());
-        if let Err(refusal) = &granted {
-            let account = caller.map(|caller| caller.account);
-            tracing::warn!(
-                method = ask.method,
-                reason = refusal.reason.name(),
-                sentence = refusal.sentence,
-                detail = refusal.detail,
-                account = account.as_ref().map(tracing::field::display),
-                authenticator,
-                source = %evidence.peer.source,
-                trace,
-                "request refused"
-            );
-        }
+        let refusal = granted.as_ref().err();
+        self.answered(ask.method, caller.as_ref(), refusal, begun, evidence.peer.source, trace);
         granted
+    }
+
+    /// Counts a request that was answered, and writes a line about one that was refused.
+    pub(super) fn answered(
+        &self,
+        method: &'static str,
+        caller: Option<&Caller>,
+        refusal: Option<&Refusal>,
+        begun: Instant,
+        source: IpAddr,
+        trace: Option<&str>,
+    ) {
+        let authenticator = caller.map(|caller| caller.proof.name());
+        self.metrics.answered(method, authenticator, refusal, begun.elapsed());
+        let Some(refusal) = refusal else { return };
+        tracing::warn!(
+            method,
+            reason = refusal.reason.name(),
+            sentence = refusal.sentence,
+            detail = refusal.detail,
+            account = caller.map(|caller| tracing::field::display(&caller.account)),
+            authenticator,
+            %source,
+            trace,
+            "request refused"
+        );
     }
 
     async fn try_grant(
@@ -125,8 +138,8 @@ impl Requests {
             return Err(Refusal::new(Reason::CsrMalformed, "there is no CSR"));
         };
         let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now)?;
-        self.tell(&decision, lifetime);
         let id = decision.account.spiffe_id(self.authority.trust_domain());
+        self.tell(&decision, lifetime, csr.requested().uri.as_deref().filter(|uri| *uri != id.as_str()));
         let proved_at = match caller.proof {
             Proof::Certificate { proved_at } => Some(proved_at),
             _ => None,
@@ -158,6 +171,14 @@ impl Requests {
             })
         };
         let verdict = self.queue.run(self.queue.flow(evidence), work).await?;
+        // Whoever tries out what a credential is good for leaves a trace.
+        tracing::info!(
+            account = caller.as_ref().map(|caller: &Caller| tracing::field::display(&caller.account)),
+            authenticator = caller.as_ref().map(|caller| caller.proof.name()),
+            reason = verdict.as_ref().err().map(|refusal| refusal.reason.name()),
+            source = %evidence.peer.source,
+            "request explained"
+        );
         let trust_domain = self.authority.trust_domain().clone();
         Ok(Explained { caller, trust_domain, verdict })
     }
@@ -174,21 +195,21 @@ impl Requests {
         let caller = known.insert(caller);
         self.lives(caller).instrument(debug_span!("liveness")).await?;
         let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
-        let policy = self.policy.current();
         let identity = match &wishes.impersonated {
             None => caller.account.clone(),
             Some(wanted) => {
-                let identity =
-                    self.impersonated(caller, wanted, policy.impersonators().contains(&caller.account));
+                let is_impersonator = self.policy.current().impersonators().contains(&caller.account);
+                let identity = self.impersonated(caller, wanted, is_impersonator);
                 identity.instrument(debug_span!("impersonation")).await?
             }
         };
         let _authorize = debug_span!("authorize").entered();
         let csr = ask.csr.map(CheckedCsr::from_pem).transpose()?;
-        if let Some(csr) = &csr {
-            self.compare(ask, csr, &identity)?;
+        if let Some(csr) = csr.as_ref().filter(|_| ask.names_itself) {
+            self.names_itself(csr, &identity)?;
         }
-        let decision = policy.decide(&policy::Ask {
+        // As it is now: while the cluster was asked it may have changed.
+        let decision = self.policy.current().decide(&policy::Ask {
             caller,
             impersonated: wishes.impersonated.is_some().then_some(&identity),
             key: csr.as_ref().map(|csr| csr.key().kind()),
@@ -207,7 +228,7 @@ impl Requests {
         Ok(calendar.book(now, decision.lifetime.value, spread, u64::from_ne_bytes(draw)))
     }
 
-    fn tell(&self, decision: &Decision, lifetime: Lifetime) {
+    fn tell(&self, decision: &Decision, lifetime: Lifetime, other: Option<&str>) {
         let (account, from) = (&decision.account, &decision.lifetime.origin);
         tracing::debug!(%account, lifetime = %decision.lifetime.value, from = from.located(), granted = %lifetime, "lifetime");
         for (_, why) in &decision.left_out {
@@ -216,6 +237,10 @@ impl Requests {
         if let Some((name, why)) = decision.left_out.first() {
             let (count, name) = (decision.left_out.len(), shortened(name));
             tracing::info!(%account, count, name, why = why.name(), "DNS names that the CSR asks for are left out");
+        }
+        if let Some(asked) = other.map(shortened) {
+            self.metrics.another_identity();
+            tracing::info!(%account, asked, "the CSR names another identity than the caller's, which it gets");
         }
     }
 
@@ -303,27 +328,22 @@ impl Requests {
         Ok(account)
     }
 
-    /// The CSR gives its key alone. What it names is compared, never signed.
-    fn compare(&self, ask: &Ask<'_>, csr: &CheckedCsr, identity: &ServiceAccount) -> Result<(), Refusal> {
+    /// That a CSR names this identity and nobody else.
+    fn names_itself(&self, csr: &CheckedCsr, identity: &ServiceAccount) -> Result<(), Refusal> {
         let requested = csr.requested();
         let id = identity.spiffe_id(self.authority.trust_domain());
-        let own = requested.uri.as_deref().is_none_or(|uri| uri == id.as_str());
-        if ask.names_itself {
-            let named = requested.uri.is_some() || !requested.dns.is_empty() || !requested.others.is_empty();
-            if !named {
+        let others = !requested.dns.is_empty() || !requested.others.is_empty();
+        match &requested.uri {
+            None if !others => {
                 let sentence = format!("the CSR names nobody; it has to name {id}");
-                return Err(Refusal::new(Reason::CsrNames, sentence));
+                Err(Refusal::new(Reason::CsrNames, sentence))
             }
-            if !own || !requested.dns.is_empty() || !requested.others.is_empty() {
+            uri if others || uri.as_ref().is_some_and(|uri| uri != id.as_str()) => {
                 let sentence = format!("the CSR asks for other names than {id}, which is the caller's");
-                return Err(Refusal::new(Reason::CsrIdentity, sentence));
+                Err(Refusal::new(Reason::CsrIdentity, sentence))
             }
-        } else if !own {
-            self.metrics.another_identity();
-            let asked = requested.uri.as_deref().unwrap_or_default();
-            tracing::info!(asked, given = %id, "the CSR names another identity than the caller's, which it gets");
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -347,4 +367,135 @@ fn unusable_issuer(fault: authority::Error) -> Refusal {
         _ => "the authority cannot sign now".to_owned(),
     };
     Refusal::new(Reason::IssuerUnusable, sentence).with_detail(fault.to_string())
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "the test changes the policy's file")]
+mod tests {
+    use std::fs;
+    use std::net::Ipv4Addr;
+    use std::path::PathBuf;
+
+    use prometheus_client::registry::Registry;
+    use tonic::metadata::MetadataMap;
+
+    use super::*;
+    use crate::auth::{Answer, Peer};
+    use crate::core::bundle::TrustBundle;
+    use crate::core::caller::Bound;
+    use crate::core::certificate::Certificate;
+    use crate::core::issuer::Issuer;
+    use crate::core::key::KeyKind;
+    use crate::core::pem;
+    use crate::core::policy::Limits;
+
+    /// A cluster in which everybody lives on one node, and whose answer about it takes so long that policy has changed.
+    struct Slow {
+        policy: Arc<LivingPolicy>,
+        file: PathBuf,
+    }
+
+    fn ready<'a, T: Send + 'a>(value: T) -> Answer<'a, T> {
+        Box::pin(std::future::ready(value))
+    }
+
+    fn here() -> Object {
+        Object { name: "here".to_owned(), uid: "1".to_owned() }
+    }
+
+    impl Authenticator for Arc<Slow> {
+        fn applies(&self, _: &Evidence<'_>) -> bool {
+            true
+        }
+
+        fn judge<'a>(
+            &'a self,
+            _: &'a Evidence<'_>,
+            _: OffsetDateTime,
+        ) -> Answer<'a, Result<Caller, Refusal>> {
+            let bound = Bound { account_uid: None, pod: Some(here()), node: Some(here()) };
+            let proof = Proof::Token { reviewed: false, bound: Arc::new(bound) };
+            ready(Ok(Caller { account: ServiceAccount::new("mesh", "proxy").unwrap(), proof }))
+        }
+    }
+
+    impl Liveness for Slow {
+        fn account<'a>(&'a self, _: &'a ServiceAccount, _: Option<&'a str>) -> Answer<'a, Life> {
+            ready(Life::Alive)
+        }
+
+        fn pod<'a>(&'a self, _: &'a str, _: &'a Object) -> Answer<'a, Life> {
+            ready(Life::Alive)
+        }
+    }
+
+    impl Nodes for Slow {
+        fn runs<'a>(&'a self, _: &'a Object, _: &'a ServiceAccount) -> Answer<'a, Result<bool, String>> {
+            ready(Ok(true))
+        }
+
+        fn node_of<'a>(
+            &'a self,
+            _: &'a ServiceAccount,
+            _: &'a Object,
+        ) -> Answer<'a, Result<Option<Object>, String>> {
+            Box::pin(async {
+                let mut changes = self.policy.changes();
+                fs::write(&self.file, "impersonators: [mesh/proxy]\naccounts: {shop/web: {deny: true}}\n")
+                    .unwrap();
+                changes.changed().await.unwrap();
+                Ok(Some(here()))
+            })
+        }
+    }
+
+    fn authority() -> Arc<Authority> {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
+        let profile = Profile::Root { organization: &organization, trust_domain: &trust_domain };
+        let serial = keys::serial_number().unwrap();
+        let root = issuer::root(&key, &profile, "1d".parse().unwrap(), clock::now(), serial).unwrap();
+        let root = Certificate::from_der(root.der()).unwrap();
+        let bundle = TrustBundle::new([root.clone()]).unwrap();
+        let issuer = Issuer::new(Arc::new(key), &[root], bundle, &trust_domain).unwrap();
+        Arc::new(Authority::new(trust_domain, issuer))
+    }
+
+    #[tokio::test]
+    async fn a_policy_that_changes_while_the_cluster_is_asked_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        fs::write(&file, "impersonators: [mesh/proxy]\n").unwrap();
+        let hour = "1h".parse().unwrap();
+        let limits = Limits { lifetime: hour, longest: hour, own_names: Vec::new() };
+        let policy = Arc::new(LivingPolicy::open(Some(&file), limits).unwrap());
+        let slow = Arc::new(Slow { policy: policy.clone(), file });
+        let requests = Requests::new(
+            authority(),
+            vec![Box::new(slow.clone())],
+            slow.clone(),
+            Some(slow),
+            policy.clone(),
+            Queue::new(1, 10),
+            Metrics::register(&mut Registry::default()),
+        );
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let csr = pem::encode(pem::CSR, &crate::core::csr::nameless(&key).unwrap());
+        let impersonated = Some("spiffe://cluster.local/ns/shop/sa/web".to_owned());
+        let ask = Ask {
+            method: "CreateCertificate",
+            csr: Some(csr.as_bytes()),
+            lifetime: None,
+            wishes: Ok(Wishes { impersonated, exact: false }),
+            names_itself: false,
+        };
+        let peer = Peer::new(Ipv4Addr::LOCALHOST.into(), Vec::new());
+        let metadata = MetadataMap::new();
+        let evidence = Evidence { peer: &peer, metadata: &metadata };
+        let granted = tokio::select! {
+            () = policy.follow() => unreachable!("it is followed for ever"),
+            granted = requests.grant(&ask, &evidence) => granted,
+        };
+        assert_eq!(granted.unwrap_err().reason, Reason::IdentityDenied);
+    }
 }

@@ -55,6 +55,7 @@ fn find(name: &str) -> PathBuf {
 
 #[test]
 fn every_part_is_there_and_runs() {
+    let of_a_node = |name| Command::new(find("kubernetes-node").with_file_name(name));
     for (mut program, argument) in [
         (Command::new(envoy()), "--version"),
         (openssl(), "version"),
@@ -64,6 +65,12 @@ fn every_part_is_there_and_runs() {
         (Command::new(kubernetes("etcd")), "--version"),
         (Command::new(kubernetes("kube-apiserver")), "--version"),
         (Command::new(kubernetes("kube-controller-manager")), "--version"),
+        (of_a_node("kubelet"), "--version"),
+        (of_a_node("kube-scheduler"), "--version"),
+        (of_a_node("kube-proxy"), "--version"),
+        (of_a_node("coredns"), "-version"),
+        (of_a_node("pause"), "-v"),
+        (Command::new(find("containerd")), "--version"),
     ] {
         let output = program
             .arg(argument)

@@ -92,6 +92,11 @@ impl ControlPlane {
         self.client.get_or_init(|| client_of(&self.kubeconfig("admin"))).clone()
     }
 
+    /// Where the API server listens.
+    pub(crate) fn api_address(&self) -> std::net::SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.api_port).into()
+    }
+
     /// The path of a kubeconfig for a user, who is made and may do nothing unless told so.
     pub(crate) fn kubeconfig_of(&self, user: &str) -> PathBuf {
         if !self.kubeconfig(user).exists() {
@@ -133,8 +138,12 @@ impl ControlPlane {
     pub(crate) fn namespace(&self) -> TestNamespace<'_> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed));
-        self.create::<Namespace>(None, &json!({"metadata": {"name": name}}));
+        self.make_namespace(&name);
         TestNamespace { plane: self, name }
+    }
+
+    pub(crate) fn make_namespace(&self, name: &str) {
+        self.create::<Namespace>(None, &json!({"metadata": {"name": name}}));
     }
 
     /// Makes the object of a node.
@@ -173,6 +182,29 @@ impl ControlPlane {
             command.arg(format!("--{flag}={}", path(file).display()));
         }
         self.run("kube-apiserver", command);
+    }
+
+    /// Keeps what the cluster is now.
+    pub(crate) fn back_up(&self) {
+        self.stop("kube-apiserver");
+        self.stop("etcd");
+        let (from, to) = (self.folder.join("etcd"), self.folder.join("etcd-backup"));
+        let copied = Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+        assert!(copied.success());
+        self.start_etcd();
+        self.start_api_server();
+        self.wait_until_ready();
+    }
+
+    /// Makes the cluster what it was when it was backed up.
+    pub(crate) fn restore(&self) {
+        self.stop("kube-apiserver");
+        self.stop("etcd");
+        fs::remove_dir_all(self.folder.join("etcd")).unwrap();
+        fs::rename(self.folder.join("etcd-backup"), self.folder.join("etcd")).unwrap();
+        self.start_etcd();
+        self.start_api_server();
+        self.wait_until_ready();
     }
 
     pub(crate) fn wait_until_ready(&self) {
@@ -426,7 +458,7 @@ fn named(object: &impl Resource<DynamicType = ()>) -> Object {
     Object { name: object.name_any(), uid: object.uid().unwrap() }
 }
 
-fn client_of(kubeconfig: &Path) -> Client {
+pub(super) fn client_of(kubeconfig: &Path) -> Client {
     runtime().block_on(async {
         let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
         let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();

@@ -4,7 +4,10 @@ mod control_plane;
 mod events;
 mod istio_ca;
 mod knowledge;
+mod lease;
 mod manifests;
+mod node;
+mod pods;
 mod served;
 mod state;
 

@@ -6,11 +6,12 @@ use std::time::Duration;
 use mica::core::caller::Object;
 use mica::core::certificate::Certificate;
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use serde_json::json;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::control_plane::{ControlPlane, ISSUER, TestNamespace, runtime};
-use super::knowledge::permitted;
+use super::knowledge::{permissions, permitted};
 use crate::serve::mtls::{ask, connect, csr, reason};
 use crate::serve::{Mica, Place, output_within, wait_for};
 
@@ -275,6 +276,66 @@ fn a_policy_says_for_whom_the_api_server_vouches() {
     assert_eq!(mica.metric("mica_token_checks_total{how=\"verified\"}"), 1.0);
     assert_eq!(client.identity(&strict).unwrap(), id(&namespace, "strict"));
     assert_eq!(mica.metric("mica_token_checks_total{how=\"reviewed\"}"), 1.0);
+    mica.stop();
+}
+
+#[test]
+fn where_policy_wants_a_review_nobody_but_the_api_server_makes_a_token_good() {
+    let plane = ControlPlane::start();
+    let (place, namespace) = (Place::new(), plane.namespace());
+    let policy = place.root.path().join("policy.yaml");
+    let rules = format!(
+        "namespaces: {{{0}: {{token_review: true}}}}\naccounts: {{{0}/web: {{token_review: false}}}}\n",
+        namespace.name
+    );
+    std::fs::write(&policy, rules).unwrap();
+    let arguments = ["--policy", policy.to_str().unwrap()];
+    let mica = start(&place, &plane, &arguments);
+    let client = Client::new(&mica, &place);
+
+    // Of each pair one was found good before what it stands for went.
+    let node = namespace.node("a");
+    for name in ["web", "strict", "left"] {
+        namespace.account(name);
+    }
+    let pod = namespace.pod("strict-1", "strict", &node);
+    let of_pod = [(); 2].map(|()| namespace.token("strict", "istio-ca", Some(&pod)));
+    let of_account = [(); 2].map(|()| namespace.token("left", "istio-ca", None));
+    for (token, account) in [(&of_pod[0], "strict"), (&of_account[0], "left")] {
+        assert_eq!(client.identity(token).unwrap(), id(&namespace, account));
+    }
+    assert_eq!(mica.metric("mica_token_checks_total{how=\"reviewed\"}"), 2.0);
+    namespace.delete_pod("strict-1");
+    namespace.delete_account("left");
+    client.wait_for_refusal(&of_pod[0], "POD_GONE");
+    client.wait_for_refusal(&of_account[0], "ACCOUNT_GONE");
+    // The API server may learn of it a little later than Mica.
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(client.refused(&of_pod[1]), unauthenticated("TOKEN_REJECTED"));
+    assert_eq!(client.refused(&of_account[1]), unauthenticated("TOKEN_REJECTED"));
+
+    let [known, late] = [(); 2].map(|()| namespace.token("strict", "istio-ca", None));
+    let easy = namespace.token("web", "istio-ca", None);
+    assert_eq!(client.identity(&known).unwrap(), id(&namespace, "strict"));
+    plane.stop_api_server();
+    assert_eq!(client.refused(&late), (Code::Unavailable, "VERIFIER_UNAVAILABLE".to_owned()));
+    assert_eq!(client.identity(&known).unwrap(), id(&namespace, "strict"));
+    assert_eq!(client.identity(&easy).unwrap(), id(&namespace, "web"));
+    plane.start_api_server();
+    plane.wait_until_ready();
+    assert_eq!(client.identity(&late).unwrap(), id(&namespace, "strict"));
+    mica.stop();
+
+    // Not being let ask is no verdict on the token.
+    let mut rules = permissions();
+    rules.as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["tokenreviews"]));
+    plane.allow("unheard", &rules);
+    let kubeconfig = plane.kubeconfig_of("unheard");
+    let mica = place.start_command(command(&place, &plane).args(arguments).env("KUBECONFIG", kubeconfig));
+    let client = Client::new(&mica, &place);
+    assert_eq!(client.refused(&known), (Code::Unavailable, "VERIFIER_UNAVAILABLE".to_owned()));
+    assert_eq!(client.identity(&easy).unwrap(), id(&namespace, "web"));
+    assert!(mica.log().contains("tokenreviews"), "{}", mica.log());
     mica.stop();
 }
 

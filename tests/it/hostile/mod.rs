@@ -6,6 +6,7 @@
 
 mod certificates;
 mod csrs;
+mod explain;
 mod forge;
 mod lessons;
 mod tokens;
@@ -30,6 +31,7 @@ use mica::proto::google::rpc;
 use mica::proto::istio::v1::auth as istio;
 use mica::proto::istio::v1::auth::istio_ca_service_client::IstioCaServiceClient;
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use mica::proto::mica::v1::ExplainResponse;
 use prost::Message as _;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -56,6 +58,7 @@ accounts: {shop/denied: {deny: true}}
 const LONGEST: i64 = 48 * 3_600;
 const CREATE_CERTIFICATE: &str = "CreateCertificate";
 const HANDLE_CSR: &str = "HandleCSR";
+const EXPLAIN: &str = "Explain";
 /// Of a debug build, with everything that the rows leave behind.
 const MEMORY: usize = 64 * 1024 * 1024;
 
@@ -68,19 +71,21 @@ enum Expected {
     Refused(Code, &'static str),
     /// A refusal of gRPC's, of what is not yet a request.
     Status(Code),
-    /// The same, before it counts as a request.
-    Unread(Code, &'static str),
     /// No gRPC at all.
     Http(u16),
     /// No answer: the stream or the connection ends.
     Cut,
     /// A certificate for this identity, and nothing more.
     Own(&'static str),
+    /// Of a question: a certificate for this identity would be granted, and nothing more.
+    Granted(&'static str),
+    /// Of a question: it would be refused for this stable reason, to a caller with this identity.
+    Denied(&'static str, &'static str),
 }
 
 use Expected::{Cut, Http, Own};
 
-const TOO_LARGE: Expected = Expected::Unread(Code::InvalidArgument, "CSR_MALFORMED");
+const TOO_LARGE: Expected = invalid("CSR_MALFORMED");
 
 const fn unauthenticated(reason: &'static str) -> Expected {
     Expected::Refused(Code::Unauthenticated, reason)
@@ -93,6 +98,7 @@ const fn invalid(reason: &'static str) -> Expected {
 #[derive(Debug)]
 enum Answer {
     Issued(Issued),
+    Explained(ExplainResponse),
     Refused(Status),
     Http(u16),
     Cut(String),
@@ -320,7 +326,7 @@ impl Stage {
     /// That an answer is what a row says, and that a certificate in it is no more than it should be.
     fn judge(&self, answer: &Answer, expected: Expected) -> Result<(), String> {
         let fits = match (answer, expected) {
-            (Answer::Refused(status), Expected::Refused(code, reason) | Expected::Unread(code, reason)) => {
+            (Answer::Refused(status), Expected::Refused(code, reason)) => {
                 if status.details().is_empty() {
                     return Err(format!("refused without a reason: {status:?}"));
                 }
@@ -332,6 +338,21 @@ impl Stage {
             (Answer::Http(found), Http(wanted)) => *found == wanted,
             (Answer::Cut(_), Cut) => true,
             (Answer::Issued(issued), Own(id)) => return self.is_only(issued, id),
+            (Answer::Explained(answer), Expected::Granted(id)) => {
+                answer.granted
+                    && answer.identity == id
+                    && answer.reason.is_empty()
+                    && (1..=LONGEST).contains(&answer.lifetime)
+                    && answer.longest_lifetime == LONGEST
+                    && answer.dns_names.is_empty()
+            }
+            (Answer::Explained(answer), Expected::Denied(reason, id)) => {
+                let ExplainResponse { authenticator, sentence, .. } = answer;
+                let (identity, reason) = (id.to_owned(), reason.to_owned());
+                let (authenticator, sentence) = (authenticator.clone(), sentence.clone());
+                let nothing = ExplainResponse::default();
+                *answer == ExplainResponse { reason, sentence, identity, authenticator, ..nothing }
+            }
             _ => false,
         };
         if fits { Ok(()) } else { Err(format!("{}, instead of {expected:?}", shown(answer))) }
@@ -389,8 +410,11 @@ impl Stage {
         self.judge(&answer, Own(WEB)).map_err(|fault| format!("then an honest request: {fault}"))
     }
 
-    /// Plays a table, and counts what the metrics have to have counted.
+    /// Plays a table, and counts what the metrics have to have counted. A question is no request, and issues nothing.
     fn play(&self, method: &str, rows: &[Row]) -> Vec<String> {
+        let counters =
+            ["mica_certificates_issued_total{why=\"request\"}", "mica_requests_for_another_identity_total"];
+        let before = counters.map(|counter| self.mica.metric(counter));
         let mut faults = Vec::new();
         let mut refused: BTreeMap<&str, usize> = BTreeMap::new();
         for (name, send, expected) in rows {
@@ -413,6 +437,14 @@ impl Stage {
             if let Err(fault) = self.is_served() {
                 faults.push(format!("{name}: {fault}"));
             }
+        }
+        if method == EXPLAIN {
+            let counted = counters.map(|counter| self.mica.metric(counter));
+            // One honest request behind each.
+            if counted != [before[0] + rows.len() as f64, before[1]] {
+                faults.push(format!("{counted:?} counted, {before:?} before {} questions", rows.len()));
+            }
+            return faults;
         }
         for (reason, count) in refused {
             let counter = format!("mica_requests_refused_total{{method=\"{method}\",reason=\"{reason}\"}}");
@@ -459,6 +491,7 @@ fn every_hostile_request_is_refused_or_gets_the_callers_own_identity() {
             [wire::ROWS, tokens::ROWS, certificates::ROWS, csrs::ROWS, wishes::ROWS, lessons::ROWS].concat(),
         ),
         (HANDLE_CSR, [csrs::HANDLE_CSR, lessons::HANDLE_CSR].concat()),
+        (EXPLAIN, explain::ROWS.to_vec()),
     ];
     let (mut names, mut faults) = (BTreeSet::new(), Vec::new());
     for (method, rows) in &tables {
@@ -487,6 +520,7 @@ fn shown(answer: &Answer) -> String {
             let leaf = Certificate::all_from_pem(issued.chain[0].as_bytes()).unwrap().remove(0);
             format!("issued for {:?}", leaf.uris)
         }
+        Answer::Explained(answer) => format!("explained: {answer:?}"),
         Answer::Refused(status) => {
             let reason = rpc::Status::decode(status.details()).ok().filter(|it| !it.details.is_empty());
             let reason = reason.map(|it| rpc::ErrorInfo::decode(&*it.details[0].value).unwrap().reason);

@@ -139,6 +139,11 @@ pub(super) fn message(stage: &Stage, change: impl FnOnce(Vec<u8>) -> Vec<u8>) ->
     })
 }
 
+/// The same, sent to another path.
+pub(super) fn message_to(stage: &Stage, path: &str, message: &[u8]) -> Answer {
+    call(stage, |call| (call.path, call.body) = (path.to_owned(), framed(message)))
+}
+
 pub(super) fn says_4_gb(stage: &Stage) -> Answer {
     call(stage, |call| call.body[1..5].fill(0xff))
 }
