@@ -149,18 +149,20 @@ fn follow_cluster(
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
-    // Whoever had istio-ca's rights may neither follow pods nor post Events.
+    // Whoever has istio-ca's rights may neither follow pods nor post Events nor hold a Lease.
     let is_istio_ca = args.istio_ca.is_some();
     let objects = Objects::new(&cluster);
     let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
-    let election = Election::new(&cluster);
-    election.register(registry);
-    let stop = stopping(stopped);
-    tasks.spawn(async move {
-        election.run(stop).await;
-        Ok(())
-    });
+    if !is_istio_ca {
+        let election = Election::new(&cluster);
+        election.register(registry);
+        let stop = stopping(stopped);
+        tasks.spawn(async move {
+            election.run(stop).await;
+            Ok(())
+        });
+    }
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     if !is_istio_ca {
