@@ -13,7 +13,7 @@ use super::subjects::First;
 use crate::authority::Authority;
 use crate::config::cli::Output;
 use crate::config::serve::Args;
-use crate::reconcile::{Progress, Report};
+use crate::reconcile::Progress;
 use crate::store::ROOTS;
 
 /// Work of fewer accounts is over before a bar could be read.
@@ -48,7 +48,7 @@ pub(super) fn print(args: &Args, output: Output, authority: &Authority, addresse
         First::Delivered(secrets, report) => {
             (args.source.as_deref().map(plain).unwrap_or_default(), Some(secrets), report)
         }
-        First::Known(place) => (place, None, Report::default()),
+        First::Known(place, report) => (place, None, report.unwrap_or_default()),
     };
     let secrets = secrets.as_deref();
     let domain = authority.trust_domain();
@@ -68,8 +68,11 @@ pub(super) fn print(args: &Args, output: Output, authority: &Authority, addresse
                         secrets.join(account.namespace()).join(format!("istio.{}", account.name()))
                     })
                     .as_deref()
-                    .map(plain)
-                    .unwrap_or_default(),
+                    .map(plain),
+                secret: match secrets {
+                    None => Some(format!("{}/istio.{}", account.namespace(), account.name())),
+                    Some(_) => None,
+                },
             })
             .collect(),
         good: report.good,
@@ -115,7 +118,10 @@ struct Identity {
     id: String,
     #[serde(with = "time::serde::rfc3339")]
     not_after: OffsetDateTime,
-    folder: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    folder: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    secret: Option<String>,
 }
 
 impl Shown {
@@ -124,26 +130,34 @@ impl Shown {
         let version = env!("CARGO_PKG_VERSION");
         let mut lines = vec![format!("mica {version} serves the trust domain {trust_domain}"), String::new()];
         lines.push(match good {
-            0 if secrets.is_none() => format!(
+            0 if secrets.is_none() && self.foreign + self.waiting == 0 => format!(
                 "Service accounts of {source} get certificates when they ask, for {} by default.",
                 args.ttl
             ),
             0 if self.foreign + self.waiting == 0 => format!("No service account was found below {source}."),
             0 => format!("No good identities yet for the accounts below {source}:"),
             _ => format!(
-                "{good} {} for the accounts below {source}; {} issued now, for {}:",
+                "{good} {} for the accounts {} {source}; {} issued now, for {}:",
                 if *good == 1 { "identity" } else { "identities" },
+                if secrets.is_some() { "below" } else { "of" },
                 if issued == good { "all".to_owned() } else { issued.to_string() },
                 args.ttl
             ),
         });
         let width = identities.iter().map(|identity| identity.id.len()).max().unwrap_or_default();
-        for Identity { id, not_after, folder } in identities {
-            lines.push(format!("  {id:width$}  until {}  {folder}", moment(*not_after)));
+        for Identity { id, not_after, folder, secret } in identities {
+            let place = match (folder, secret) {
+                (Some(folder), _) => folder.clone(),
+                (None, secret) => format!("secret {}", secret.as_deref().unwrap_or_default()),
+            };
+            lines.push(format!("  {id:width$}  until {}  {place}", moment(*not_after)));
         }
         if *good > identities.len() {
-            let secrets = secrets.as_deref().unwrap_or_default();
-            lines.push(format!("  and {} more below {secrets}", good - identities.len()));
+            let more = good - identities.len();
+            lines.push(match secrets {
+                Some(secrets) => format!("  and {more} more below {secrets}"),
+                None => format!("  and {more} more"),
+            });
         }
         for (count, what) in [
             (
@@ -164,7 +178,7 @@ impl Shown {
         if let Some(grpc) = &self.grpc {
             lines.push(format!("gRPC    {grpc} (TLS)"));
         }
-        if let Some(Identity { folder, .. }) = identities.first() {
+        if let Some(Identity { folder: Some(folder), .. }) = identities.first() {
             let program = std::env::args().next().unwrap_or_else(|| "mica".to_owned());
             lines.push(String::new());
             lines.push("In a second terminal:".to_owned());

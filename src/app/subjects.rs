@@ -16,9 +16,9 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, Election, Events, Objects};
+use crate::cluster::{AccountSource, Cluster, Election, Events, Leadership, Objects, Secrets, Told, Wanted};
 use crate::config::serve::Args;
-use crate::reconcile::{self, Event, Reconciler, Report};
+use crate::reconcile::{self, Event, Judge, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
@@ -28,6 +28,8 @@ use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
+/// Mica's own namespace.
+const OWN_NAMESPACE: &str = "istio-system";
 
 /// Whose certificates.
 pub(super) enum Subjects {
@@ -55,8 +57,8 @@ pub(super) struct Followed {
 pub(super) enum First {
     /// Certificates were delivered into this folder.
     Delivered(PathBuf, Report),
-    /// The accounts of the API server at this address are known.
-    Known(String),
+    /// The accounts of the API server at this address are known, and have their secrets if this replica writes them.
+    Known(String, Option<Report>),
 }
 
 impl Subjects {
@@ -84,7 +86,9 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => Ok(follow_cluster(args, cluster, tokens, registry, stopped, tasks)),
+            Self::Cluster(cluster) => {
+                Ok(follow_cluster(args, cluster, tokens, authority, registry, stopped, tasks))
+            }
         }
     }
 }
@@ -145,6 +149,7 @@ fn follow_cluster(
     args: &Args,
     cluster: Cluster,
     tokens: &Arc<Tokens>,
+    authority: &Arc<Authority>,
     registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
@@ -154,31 +159,49 @@ fn follow_cluster(
     let objects = Objects::new(&cluster);
     let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
-    if !is_istio_ca {
+    let leadership = if is_istio_ca {
+        Leadership::always()
+    } else {
         let election = Election::new(&cluster);
         election.register(registry);
+        let leadership = election.leadership();
         let stop = stopping(stopped);
         tasks.spawn(async move {
             election.run(stop).await;
             Ok(())
         });
-    }
+        leadership
+    };
     let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
     if !is_istio_ca {
         tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
     }
-    let (events, mut inbox) = mpsc::channel(EVENTS);
-    // Nobody has anything delivered that a new issuer would have to replace.
-    tasks.spawn(until(stopping(stopped), async move { while inbox.recv().await.is_some() {} }));
+    let metrics = reconcile::Metrics::default();
+    metrics.register(registry);
+    let (events, inbox) = mpsc::channel(EVENTS);
     let followed = objects.clone();
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
+    let (passed, first_pass) = oneshot::channel();
+    let delivery = Delivery {
+        cluster: cluster.clone(),
+        objects: objects.clone(),
+        wanted: Arc::new(|_| true),
+        leadership: leadership.clone(),
+        authority: authority.clone(),
+        options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
+        metrics,
+        stopped: stopped.clone(),
+    };
+    tasks.spawn(until(stopping(stopped), delivery.run(inbox, passed)));
     let (told, first) = oneshot::channel();
     let (reported, is_reported) = oneshot::channel();
     let (place, known, settled) = (cluster.place().to_owned(), objects.clone(), tokens.clone());
     tasks.spawn(until(stopping(stopped), async move {
         tokio::join!(known.completed(), settled.settled());
-        let _ = told.send(First::Known(place));
+        // A replica that does not write need not wait for the one that does.
+        let report = if leadership.may_write() { first_pass.await.ok() } else { None };
+        let _ = told.send(First::Known(place, report));
         let _ = is_reported.await;
         std::future::pending().await
     }));
@@ -190,6 +213,103 @@ fn follow_cluster(
         }
     });
     Followed { liveness: objects.clone(), nodes: Some(objects), first, reported, events }
+}
+
+/// Keeps the secrets of a cluster's accounts, while this replica may write.
+struct Delivery {
+    cluster: Cluster,
+    objects: Arc<Objects>,
+    wanted: Wanted,
+    leadership: Leadership,
+    authority: Arc<Authority>,
+    options: reconcile::Options,
+    metrics: reconcile::Metrics,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Delivery {
+    /// Term by term. `first` hears of the first pass of the first one.
+    async fn run(self, mut inbox: mpsc::Receiver<Event>, first: oneshot::Sender<Report>) {
+        let mut leadership = self.leadership.clone();
+        let mut first = Some(first);
+        loop {
+            // What is to be told to somebody who does not write is told to nobody.
+            tokio::select! {
+                () = leadership.gained() => {}
+                event = inbox.recv() => match event {
+                    Some(_) => continue,
+                    None => return,
+                },
+            }
+            tokio::select! {
+                () = self.term(&mut inbox, &mut first) => {}
+                () = leadership.lost() => tracing::info!("this replica writes no longer"),
+            }
+        }
+    }
+
+    /// Begins with nothing known, and ends when it is dropped.
+    async fn term(&self, inbox: &mut mpsc::Receiver<Event>, first: &mut Option<oneshot::Sender<Report>>) {
+        let Self { objects, wanted, authority, .. } = self;
+        let mut source = AccountSource::new(objects.clone(), wanted.clone());
+        let secrets = Arc::new(Secrets::new(
+            &self.cluster,
+            objects.clone(),
+            wanted.clone(),
+            self.leadership.clone(),
+            OWN_NAMESPACE,
+        ));
+        let judge = Judge::new(authority.clone());
+        let (events, told) = mpsc::channel(EVENTS);
+        let (passed, first_pass) = oneshot::channel();
+        let (metrics, stopped) = (self.metrics.clone(), self.stopped.clone());
+        let reconciler = Reconciler::new(
+            authority.clone(),
+            secrets.clone(),
+            self.options,
+            metrics,
+            stopped,
+            report::progress(),
+        );
+        let follow = async {
+            let change = source.next().await;
+            if events.send(Event::Source(change)).await.is_err() {
+                return;
+            }
+            let mut watch = secrets.watch();
+            loop {
+                let event = tokio::select! {
+                    change = source.next() => Event::Source(change),
+                    Some(event) = inbox.recv() => event,
+                    Some(told) = watch.next() => match told {
+                        Told::Listing => Event::Listing,
+                        Told::Found(account, found) => {
+                            let observed = judge.observed(&account, found);
+                            Event::Seen(account, observed)
+                        }
+                        Told::Listed => Event::Listed,
+                        Told::Disturbed(accounts) => Event::Disturbed(accounts),
+                    },
+                };
+                if events.send(event).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let pass = async {
+            if let Ok(report) = first_pass.await
+                && let Some(first) = first.take()
+            {
+                let _ = first.send(report);
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = reconciler.run(told, passed) => {}
+            () = follow => {}
+            () = pass => {}
+        }
+    }
 }
 
 /// How many documents, files and folders of the source cannot be read at the moment.

@@ -61,8 +61,14 @@ impl Facts {
 pub(super) trait Memory: Default + Send + Sync {
     type Kind: Resource<DynamicType = ()> + 'static;
 
-    fn apply(&mut self, seen: &Seen<Self::Kind>);
-    fn delete(&mut self, seen: &Seen<Self::Kind>);
+    /// Tells whose account it is, if it was not known.
+    fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount>;
+    /// Tells whose account it was.
+    fn delete(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount>;
+    /// The accounts that are not the same in another memory.
+    fn differences(&self, _other: &Self) -> Vec<ServiceAccount> {
+        Vec::new()
+    }
     fn len(&self) -> usize;
 }
 
@@ -74,21 +80,33 @@ impl Accounts {
     pub(super) fn get(&self, account: &ServiceAccount) -> Option<&Which> {
         self.0.get(account)
     }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &ServiceAccount> {
+        self.0.keys()
+    }
 }
 
 impl Memory for Accounts {
     type Kind = v1::ServiceAccount;
 
-    fn apply(&mut self, seen: &Seen<Self::Kind>) {
-        if let Ok(account) = ServiceAccount::new(seen.namespace(), seen.name()) {
-            self.0.insert(account, Which::of(seen));
-        }
+    fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
+        let account = ServiceAccount::new(seen.namespace(), seen.name()).ok()?;
+        let before = self.0.insert(account.clone(), Which::of(seen));
+        before.is_none_or(|before| *before.uid != *seen.uid()).then_some(account)
     }
 
-    fn delete(&mut self, seen: &Seen<Self::Kind>) {
-        if let Ok(account) = ServiceAccount::new(seen.namespace(), seen.name()) {
-            self.0.remove(&account);
-        }
+    fn delete(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
+        let account = ServiceAccount::new(seen.namespace(), seen.name()).ok()?;
+        self.0.remove(&account).map(|_| account)
+    }
+
+    fn differences(&self, other: &Self) -> Vec<ServiceAccount> {
+        let differs = |account: &&ServiceAccount| {
+            let [here, there] = [self, other].map(|accounts| accounts.get(account).map(|which| &which.uid));
+            here != there
+        };
+        let gone = other.0.keys().filter(|account| !self.0.contains_key(account));
+        self.0.keys().filter(differs).chain(gone).cloned().collect()
     }
 
     fn len(&self) -> usize {
@@ -109,12 +127,14 @@ impl NodeNames {
 impl Memory for NodeNames {
     type Kind = v1::Node;
 
-    fn apply(&mut self, seen: &Seen<Self::Kind>) {
+    fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
         self.0.insert(seen.name().into(), Which::of(seen));
+        None
     }
 
-    fn delete(&mut self, seen: &Seen<Self::Kind>) {
+    fn delete(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
         self.0.remove(seen.name());
+        None
     }
 
     fn len(&self) -> usize {
@@ -161,7 +181,7 @@ impl Pods {
 impl Memory for Pods {
     type Kind = v1::Pod;
 
-    fn apply(&mut self, seen: &Seen<Self::Kind>) {
+    fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
         let key = key(seen.namespace(), seen.name());
         self.forget(&key);
         let mut facts = Facts::of(seen);
@@ -176,10 +196,12 @@ impl Memory for Pods {
             *accounts.entry(account.clone()).or_default() += 1;
         }
         self.pods.insert(key.into(), facts);
+        None
     }
 
-    fn delete(&mut self, seen: &Seen<Self::Kind>) {
+    fn delete(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
         self.forget(&key(seen.namespace(), seen.name()));
+        None
     }
 
     fn len(&self) -> usize {

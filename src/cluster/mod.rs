@@ -1,5 +1,6 @@
 //! A Kubernetes API server: which objects live in it, what it says of tokens, and what its keys are.
 
+mod accounts;
 mod authority;
 mod call;
 mod events;
@@ -9,6 +10,7 @@ mod live;
 mod metrics;
 mod objects;
 mod review;
+mod secrets;
 mod seen;
 
 use std::io;
@@ -22,11 +24,13 @@ use kube::core::params::GetParams;
 use kube::{Client, Config};
 use serde::Deserialize;
 
+pub use accounts::{AccountSource, Wanted};
 pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
 pub use objects::Objects;
 pub use review::TokenReviews;
+pub use secrets::{SecretWatch, Secrets, Told};
 
 use crate::auth::{Answer, KeySource};
 
@@ -40,15 +44,15 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]
+- apiGroups: [\"\"]
+  resources: [secrets]
+  verbs: [get, list, watch, create, update, delete]
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
 - apiGroups: [\"\"]
   resources: [configmaps]
   resourceNames: [istio-ca-root-cert]
-  verbs: [list]
-- apiGroups: [\"\"]
-  resources: [secrets]
   verbs: [list]
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
@@ -81,6 +85,8 @@ const NAMESPACE: &str = "istio-system";
 
 /// As whom Mica writes: the field manager of its objects.
 pub const MANAGER: &str = "mica";
+/// The label of its objects, with its own namespace for a value.
+pub const MANAGED_BY: &str = "mica.dev/managed-by";
 
 /// A single request, waiting for its turn included.
 const PATIENCE: Duration = Duration::from_secs(5);

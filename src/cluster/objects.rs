@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 use tokio_stream::StreamExt as _;
 
 use super::Cluster;
+use super::accounts::Changed;
 use super::known::{Accounts, Facts, Memory, NodeNames, Pods, Which};
 use super::live::{Live, Question};
 use super::metrics::Metrics;
@@ -26,7 +27,9 @@ use crate::sys::clock;
 pub struct Objects {
     client: Client,
     live: Live,
-    accounts: Kept<Accounts>,
+    pub(super) accounts: Kept<Accounts>,
+    /// Accounts that came, went or were replaced, for who follows them.
+    pub(super) changed: Changed,
     pods: Kept<Pods>,
     nodes: Kept<NodeNames>,
     nodes_wanted: Notify,
@@ -49,6 +52,7 @@ impl Objects {
             client: cluster.client.clone(),
             live: Live::new(cluster.client.clone(), metrics.clone()),
             accounts: Kept::default(),
+            changed: Changed::default(),
             pods: Kept::default(),
             nodes: Kept::default(),
             nodes_wanted: Notify::new(),
@@ -80,10 +84,13 @@ impl Objects {
 
     /// Waits until all accounts and pods have been seen once.
     pub async fn completed(&self) {
-        for mut complete in [self.accounts.complete.subscribe(), self.pods.complete.subscribe()] {
-            // The sender lives as long as this.
-            let _ = complete.wait_for(|complete| *complete).await;
-        }
+        self.accounts.completed().await;
+        self.pods.completed().await;
+    }
+
+    /// The UID of an account that lives, as far as the watch has told.
+    pub(super) fn uid(&self, account: &ServiceAccount) -> Option<Box<str>> {
+        self.accounts.read().get(account).map(|which| which.uid.clone())
     }
 
     /// How many are known, by resource.
@@ -109,13 +116,22 @@ impl Objects {
             match event {
                 // What was known stays until all of the new is there.
                 Ok(Event::Init) => fresh = M::default(),
-                Ok(Event::InitApply(seen)) => fresh.apply(&seen),
+                Ok(Event::InitApply(seen)) => {
+                    fresh.apply(&seen);
+                }
                 Ok(Event::InitDone) => {
                     tracing::info!(%what, count = fresh.len(), "all have been read from the API server");
-                    kept.replace(std::mem::take(&mut fresh));
+                    let differences = kept.replace(std::mem::take(&mut fresh));
+                    self.changed.note(differences);
                 }
-                Ok(Event::Apply(seen)) => kept.write().apply(&seen),
-                Ok(Event::Delete(seen)) => kept.write().delete(&seen),
+                Ok(Event::Apply(seen)) => {
+                    let newcomer = kept.write().apply(&seen);
+                    self.changed.note(newcomer);
+                }
+                Ok(Event::Delete(seen)) => {
+                    let gone = kept.write().delete(&seen);
+                    self.changed.note(gone);
+                }
                 Err(fault) => {
                     self.metrics.watch_failed(&what);
                     let fault = super::said(&fault);
@@ -228,13 +244,19 @@ fn life(which: &Which, uid: Option<&str>, now: i64) -> Life {
 
 /// What a watch has told of one kind.
 #[derive(Debug, Default)]
-struct Kept<M> {
+pub(super) struct Kept<M> {
     memory: RwLock<M>,
     complete: watch::Sender<bool>,
 }
 
-impl<M> Kept<M> {
-    fn read(&self) -> RwLockReadGuard<'_, M> {
+impl<M: Memory> Kept<M> {
+    /// Waits until all has been told once.
+    pub(super) async fn completed(&self) {
+        // The sender lives as long as this.
+        let _ = self.complete.subscribe().wait_for(|complete| *complete).await;
+    }
+
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, M> {
         self.memory.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -242,10 +264,11 @@ impl<M> Kept<M> {
         self.memory.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn replace(&self, all: M) {
+    /// Tells which accounts are not the same.
+    fn replace(&self, all: M) -> Vec<ServiceAccount> {
         let before = std::mem::replace(&mut *self.write(), all);
         self.complete.send_replace(true);
-        // Without the lock: it may be large.
-        drop(before);
+        // Without the writer's lock: it may be large.
+        self.read().differences(&before)
     }
 }

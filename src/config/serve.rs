@@ -28,8 +28,8 @@ Each flag can also be set by the environment variable MICA_<FLAG>, such as MICA_
 /// workloads), makes a root on the first start, and keeps a certificate, a key and the trust bundle for each account in
 /// <SECRETS>/<namespace>/istio.<account>/, which proxies mount. Changes below DIR are followed within two seconds.
 ///
-/// With --kube the accounts are those of a Kubernetes cluster, which get certificates when they ask for them with their
-/// tokens; no files and no Secrets are written for them.
+/// With --kube the accounts are those of a Kubernetes cluster: each has a Secret istio.<account>, which its pods mount,
+/// and gets certificates when it asks for them with a token.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {

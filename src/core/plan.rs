@@ -81,6 +81,8 @@ pub enum Observed {
     Foreign(String),
     /// Mica's own, and not good: why.
     Bad(String),
+    /// Good, and without the marks that Mica gives to its own: another CA's, which Mica takes over as it is.
+    Unmarked(Good),
     /// Mica's own, and good.
     Good(Good),
 }
@@ -121,6 +123,8 @@ impl fmt::Display for Why {
 pub enum Step {
     /// Issue a certificate and deliver it.
     Deliver(Why),
+    /// Give Mica's marks to what is there, and leave it else as it is.
+    Mark(Good),
     /// Take away what was delivered.
     Remove,
     /// Leave it, and look again then.
@@ -147,8 +151,9 @@ pub fn step(desired: bool, settled: bool, observed: &Observed, now: OffsetDateTi
         (false, _) => Step::Remove,
         (true, Observed::Absent) => Step::Deliver(Why::New),
         (true, Observed::Bad(fault)) => Step::Deliver(Why::Repair(fault.clone())),
+        (true, Observed::Unmarked(good)) if now < good.renew_at => Step::Mark(*good),
         (true, Observed::Good(good)) if now < good.renew_at => Step::Wait(good.renew_at),
-        (true, Observed::Good(good)) => {
+        (true, Observed::Good(good) | Observed::Unmarked(good)) => {
             // Near the end of its issuer a new leaf would end when the old one does, and the next half of what is
             // left would be shorter each time: renewing without gain, ever faster.
             let gained = Validity::below(None, now, policy.lifetime).not_after.min(policy.issuer_not_after)
@@ -181,6 +186,7 @@ mod tests {
         let fresh = Observed::Good(Good { renew_at: NOW + HOUR, not_after: NOW + 10 * HOUR });
         let due = Observed::Good(Good { renew_at: NOW, not_after: NOW + 10 * HOUR });
         let bad = || Observed::Bad("gone".to_owned());
+        let theirs = Good { renew_at: NOW + HOUR, not_after: NOW + 10 * HOUR };
         let foreign = Observed::Foreign("theirs".to_owned());
         for (desired, settled, observed, expected) in [
             (true, true, Observed::Absent, Step::Deliver(Why::New)),
@@ -196,6 +202,9 @@ mod tests {
             (false, false, due, Step::Deliver(Why::Renewal)),
             (false, false, bad(), Step::Deliver(Why::Repair("gone".to_owned()))),
             (false, false, Observed::Absent, Step::Nothing),
+            (true, true, Observed::Unmarked(theirs), Step::Mark(theirs)),
+            (true, true, Observed::Unmarked(Good { renew_at: NOW, ..theirs }), Step::Deliver(Why::Renewal)),
+            (false, true, Observed::Unmarked(theirs), Step::Remove),
         ] {
             assert_eq!(
                 step(desired, settled, &observed, NOW, &policy()),

@@ -75,6 +75,13 @@ impl Metrics {
         );
     }
 
+    /// Nothing is known yet: what another loop has counted is over.
+    pub(super) fn begin(&self) {
+        for state in [State::Good, State::Waiting, State::Foreign] {
+            self.identities.get_or_create(&Of { state }).set(0);
+        }
+    }
+
     pub(super) fn delivered(&self, why: &Why) {
         match why {
             Why::New => self.created.inc(),

@@ -10,7 +10,14 @@ use crate::core::spiffe::ServiceAccount;
 use crate::sys::dir;
 
 /// A place for certificates.
-pub trait Sink: Send + Sync {
+pub trait Sink: Send + Sync + 'static {
+    /// So many pieces of work may be under way at once. One blocks its thread.
+    const AT_ONCE: usize = 1;
+    /// So many accounts are one piece of work, announced together.
+    const TOGETHER: usize = 1_024;
+    /// Whether all that is there is told of without being asked, so that what was not told of is not there.
+    const TELLS: bool = false;
+
     /// What this sink has recorded as delivered by itself.
     fn recorded(&self) -> Vec<ServiceAccount>;
 
@@ -32,11 +39,28 @@ pub trait Sink: Send + Sync {
         set: &CertificateSet,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// The same where there is nothing yet, as far as is known.
+    fn create(
+        &self,
+        account: &ServiceAccount,
+        set: &CertificateSet,
+    ) -> impl Future<Output = Result<(), Error>> + Send {
+        self.publish(account, set)
+    }
+
+    /// Marks what is there as this sink's own, and changes nothing else.
+    fn mark(&self, account: &ServiceAccount) -> impl Future<Output = Result<(), Error>> + Send {
+        let _ = account;
+        std::future::ready(Ok(()))
+    }
+
     /// Takes away what this sink delivered for an account, and nothing else.
     fn remove(&self, account: &ServiceAccount) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Waits until something was changed by others, and tells for which accounts; to be read next. Cancel safe.
-    fn disturbed(&self) -> impl Future<Output = Vec<ServiceAccount>> + Send;
+    fn disturbed(&self) -> impl Future<Output = Vec<ServiceAccount>> + Send {
+        std::future::pending()
+    }
 }
 
 /// What a sink found for an account.
@@ -59,6 +83,8 @@ pub struct FoundSet {
     pub set: CertificateSet,
     /// A mode, owner or group that is not the configured one, in words. Publishing the same set again cures it.
     pub loose: Option<String>,
+    /// Whether it has the marks of this sink's own.
+    pub marked: bool,
 }
 
 /// Why something could not be delivered, read or removed.
@@ -74,6 +100,20 @@ pub enum Error {
         account: ServiceAccount,
         /// What stands in the way.
         why: String,
+    },
+    /// What was to be changed is not what it was a moment ago.
+    #[error("it was changed by others meanwhile")]
+    Changed,
+    /// Nothing can be written there any more, and what is there goes by itself.
+    #[error("its namespace is being deleted")]
+    Ending,
+    /// The API server did not do it.
+    #[error("{doing} failed: {fault}")]
+    Api {
+        /// What was asked of it.
+        doing: &'static str,
+        /// What came of it.
+        fault: String,
     },
     /// A folder with foreign contents has the name of one of our files.
     #[error("{} is a folder with something in it, where mica puts a link; move it away", path.display())]

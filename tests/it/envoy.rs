@@ -51,13 +51,12 @@ impl Mesh {
 
     /// One request through both: the status.
     pub(crate) fn get(&self) -> io::Result<u16> {
-        let mut connection = Connection::open(self.plain_address)?;
-        Ok(connection.get("/")?.0)
+        get(self.plain_address)
     }
 
     /// Requests from several threads until it is stopped.
     pub(crate) fn load(&self) -> Load {
-        Load::start(self.plain_address)
+        Load::start(self.plain_address, Duration::from_millis(2))
     }
 
     /// Waits until both Envoys hold the certificates with these serial numbers (lower-case hexadecimal).
@@ -93,10 +92,17 @@ impl Mesh {
 
 /// One Envoy with its configuration and log. It ends with this value; when a test fails, its log is shown.
 pub(crate) struct Envoy {
-    name: &'static str,
     work: tempfile::TempDir,
     child: Child,
-    admin: SocketAddr,
+    admin: Admin,
+}
+
+impl std::ops::Deref for Envoy {
+    type Target = Admin;
+
+    fn deref(&self) -> &Admin {
+        &self.admin
+    }
 }
 
 impl Envoy {
@@ -128,12 +134,13 @@ impl Envoy {
             .stderr(fs::File::create(work.path().join("stderr")).expect("a file for errors"))
             .spawn()
             .expect("Envoy starts");
-        let mut envoy = Self { name, work, child, admin: SocketAddr::from(([127, 0, 0, 1], 0)) };
-        envoy.admin = envoy.wait("to say where its admin page is", || {
+        let unknown = Admin { name, address: SocketAddr::from(([127, 0, 0, 1], 0)) };
+        let mut envoy = Self { work, child, admin: unknown };
+        envoy.admin.address = envoy.wait("to say where its admin page is", || {
             fs::read_to_string(&admin_file).ok()?.trim().parse().ok()
         });
         envoy.wait("to be live", || {
-            let (status, body) = Connection::open(envoy.admin).ok()?.get("/ready").ok()?;
+            let (status, body) = Connection::open(envoy.address).ok()?.get("/ready").ok()?;
             (status == 200 && body.contains("LIVE")).then_some(())
         });
         envoy
@@ -148,7 +155,15 @@ impl Envoy {
     pub(crate) fn runs(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
+}
 
+/// What a running Envoy tells of itself.
+pub(crate) struct Admin {
+    pub(crate) name: &'static str,
+    pub(crate) address: SocketAddr,
+}
+
+impl Admin {
     /// The sum of all counters and gauges whose name ends so, and how many there are.
     pub(crate) fn stat(&self, ending: &str) -> (u64, usize) {
         let page = self.page("/stats");
@@ -180,7 +195,7 @@ impl Envoy {
 
     /// A page of the admin interface.
     pub(crate) fn page(&self, path: &str) -> String {
-        let answer = Connection::open(self.admin).and_then(|mut connection| connection.get(path));
+        let answer = Connection::open(self.address).and_then(|mut connection| connection.get(path));
         match answer {
             Ok((200, body)) => body,
             other => panic!("{}: {path}: {other:?}", self.name),
@@ -215,10 +230,16 @@ impl Drop for Envoy {
         if std::thread::panicking() {
             for file in ["stderr", "log"] {
                 let text = fs::read_to_string(self.work.path().join(file)).unwrap_or_default();
-                eprintln!("--- Envoy ({}), {file}\n{text}", self.name);
+                eprintln!("--- Envoy ({}), {file}\n{text}", self.admin.name);
             }
         }
     }
+}
+
+/// One request: the status.
+pub(crate) fn get(address: SocketAddr) -> io::Result<u16> {
+    let mut connection = Connection::open(address)?;
+    Ok(connection.get("/")?.0)
 }
 
 /// Threads that keep asking: half of them over one connection each, half over a new one for each request.
@@ -238,14 +259,15 @@ pub(crate) struct Report {
 }
 
 impl Load {
-    fn start(address: SocketAddr) -> Self {
+    /// Each thread rests a little after each answer.
+    pub(crate) fn start(address: SocketAddr, rest: Duration) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let answered = Arc::new(AtomicUsize::new(0));
         let threads = (0..4)
             .map(|number| {
                 let stop = Arc::clone(&stop);
                 let answered = Arc::clone(&answered);
-                std::thread::spawn(move || ask(address, number % 2 == 0, &stop, &answered))
+                std::thread::spawn(move || ask(address, number % 2 == 0, rest, &stop, &answered))
             })
             .collect();
         Self { stop, answered, threads }
@@ -274,7 +296,7 @@ impl Load {
     }
 }
 
-fn ask(address: SocketAddr, keep: bool, stop: &AtomicBool, answered: &AtomicUsize) -> Report {
+fn ask(address: SocketAddr, keep: bool, rest: Duration, stop: &AtomicBool, answered: &AtomicUsize) -> Report {
     let mut report = Report::default();
     let mut open: Option<Connection> = None;
     while !stop.load(Ordering::Relaxed) {
@@ -295,7 +317,7 @@ fn ask(address: SocketAddr, keep: bool, stop: &AtomicBool, answered: &AtomicUsiz
             Ok(((status, body), _)) => report.failed.push(format!("{status} {body}")),
             Err(error) => report.failed.push(error.to_string()),
         }
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(rest);
     }
     report
 }
@@ -371,59 +393,72 @@ fn unchunked(mut chunks: &[u8]) -> Vec<u8> {
 }
 
 fn server_resources(work: &Path, client_id: &str) -> Value {
-    json!({
-        "listeners": [{
-            "name": "mutual-tls",
-            "address": loopback(0),
-            "filter_chains": [{
-                "transport_socket": {
-                    "name": "envoy.transport_sockets.tls",
-                    "typed_config": {
-                        "@type": tls("DownstreamTlsContext"),
-                        "require_client_certificate": true,
-                        // A resumed session would not show the new certificate.
-                        "disable_stateless_session_resumption": true,
-                        "disable_stateful_session_resumption": true,
-                        "common_tls_context": common_tls_context(work, client_id),
-                    },
-                },
-                "filters": [http(&json!({ "direct_response": { "status": 200, "body": { "inline_string": "ok" } } }))],
-            }],
-        }],
-    })
+    json!({ "listeners": [inbound(&loopback(0), work, client_id)] })
 }
 
 fn client_resources(work: &Path, server_id: &str, server: SocketAddr) -> Value {
     json!({
-        "listeners": [{
-            "name": "plain",
-            "address": loopback(0),
-            "filter_chains": [{ "filters": [http(&json!({ "route": { "cluster": "server" } }))] }],
-        }],
-        "clusters": [{
-            "name": "server",
-            "type": "STATIC",
-            "connect_timeout": "5s",
-            "load_assignment": {
-                "cluster_name": "server",
-                "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": loopback(server.port()) } }] }],
-            },
-            "typed_extension_protocol_options": {
-                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                    "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-                    "explicit_http_config": { "http_protocol_options": {} },
-                    "common_http_protocol_options": { "max_requests_per_connection": 3 },
-                },
-            },
+        "listeners": [outbound(&loopback(0))],
+        "clusters": [peer("STATIC", &loopback(server.port()), work, server_id)],
+    })
+}
+
+/// A listener that asks for mutual TLS with one identity, and answers.
+pub(crate) fn inbound(address: &Value, work: &Path, client_id: &str) -> Value {
+    json!({
+        "name": "mutual-tls",
+        "address": address,
+        "filter_chains": [{
             "transport_socket": {
                 "name": "envoy.transport_sockets.tls",
                 "typed_config": {
-                    "@type": tls("UpstreamTlsContext"),
-                    "max_session_keys": 0,
-                    "common_tls_context": common_tls_context(work, server_id),
+                    "@type": tls("DownstreamTlsContext"),
+                    "require_client_certificate": true,
+                    // A resumed session would not show the new certificate.
+                    "disable_stateless_session_resumption": true,
+                    "disable_stateful_session_resumption": true,
+                    "common_tls_context": common_tls_context(work, client_id),
                 },
             },
+            "filters": [http(&json!({ "direct_response": { "status": 200, "body": { "inline_string": "ok" } } }))],
         }],
+    })
+}
+
+/// A listener that takes plain HTTP to the peer.
+pub(crate) fn outbound(address: &Value) -> Value {
+    json!({
+        "name": "plain",
+        "address": address,
+        "filter_chains": [{ "filters": [http(&json!({ "route": { "cluster": "server" } }))] }],
+    })
+}
+
+/// The peer, which has to have an identity.
+pub(crate) fn peer(kind: &str, address: &Value, work: &Path, server_id: &str) -> Value {
+    json!({
+        "name": "server",
+        "type": kind,
+        "connect_timeout": "5s",
+        "load_assignment": {
+            "cluster_name": "server",
+            "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": address } }] }],
+        },
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": { "http_protocol_options": {} },
+                "common_http_protocol_options": { "max_requests_per_connection": 3 },
+            },
+        },
+        "transport_socket": {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": tls("UpstreamTlsContext"),
+                "max_session_keys": 0,
+                "common_tls_context": common_tls_context(work, server_id),
+            },
+        },
     })
 }
 
@@ -449,7 +484,8 @@ fn secret_config(work: &Path, name: &str) -> Value {
     })
 }
 
-fn identity_secret(folder: &Path, through: &str) -> Value {
+/// What the file `identity.json` holds, for a certificate in a folder.
+pub(crate) fn identity_secret(folder: &Path, through: &str) -> Value {
     json!({ "resources": [{
         "@type": tls("Secret"),
         "name": "identity",
@@ -461,7 +497,8 @@ fn identity_secret(folder: &Path, through: &str) -> Value {
     }] })
 }
 
-fn roots_secret(folder: &Path, through: &str) -> Value {
+/// What the file `roots.json` holds.
+pub(crate) fn roots_secret(folder: &Path, through: &str) -> Value {
     json!({ "resources": [{
         "@type": tls("Secret"),
         "name": "roots",
@@ -490,7 +527,11 @@ fn http(route: &Value) -> Value {
 }
 
 fn loopback(port: u16) -> Value {
-    json!({ "socket_address": { "address": "127.0.0.1", "port_value": port } })
+    socket("127.0.0.1", port)
+}
+
+pub(crate) fn socket(host: &str, port: u16) -> Value {
+    json!({ "socket_address": { "address": host, "port_value": port } })
 }
 
 fn tls(message: &str) -> String {

@@ -116,7 +116,7 @@ fn found(sink: &FolderSink, account: &ServiceAccount) -> Found {
 #[track_caller]
 fn assert_whole(sink: &FolderSink, account: &ServiceAccount, expected: &CertificateSet) {
     match found(sink, account) {
-        Found::Set(FoundSet { set, loose: None }) if set == *expected => {}
+        Found::Set(FoundSet { set, loose: None, marked: true }) if set == *expected => {}
         other => panic!("{other:?}"),
     }
 }

@@ -262,7 +262,7 @@ fn read_whole(parent: &Dir, name: &str, shape: &Shape) -> Result<Content, Fault>
         roots_pem: Arc::from(text(roots)?.as_str()),
     };
     Ok(Content::Set {
-        found: FoundSet { set, loose: (!loose.is_empty()).then_some(loose) },
+        found: FoundSet { set, loose: (!loose.is_empty()).then_some(loose), marked: true },
         untidy: listing.data_next.is_some() || listing.stamped.len() > 1,
     })
 }

@@ -487,7 +487,7 @@ fn free_port() -> u16 {
 }
 
 /// The kernel ends them with the thread they come from, and a test's thread ends with the test.
-fn spawn_from_a_thread_that_stays(command: Command) -> Child {
+pub(super) fn spawn_from_a_thread_that_stays(command: Command) -> Child {
     type Order = (Command, mpsc::Sender<std::io::Result<Child>>);
     static ORDERS: OnceLock<Mutex<mpsc::Sender<Order>>> = OnceLock::new();
     let orders = ORDERS.get_or_init(|| {

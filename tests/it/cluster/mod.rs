@@ -8,7 +8,9 @@ mod lease;
 mod manifests;
 mod node;
 mod pods;
+mod secrets;
 mod served;
+mod sidecars;
 mod state;
 
 use base64::Engine as _;

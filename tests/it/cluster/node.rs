@@ -5,6 +5,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, Write as _};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::control_plane::spawn_from_a_thread_that_stays;
 use crate::serve::wait_for;
 
 /// What takes a second on a quiet machine.
@@ -115,6 +117,17 @@ impl Node {
         self.cluster([OsStr::new("image"), OsStr::new(name), from.as_os_str()]);
     }
 
+    /// A door from the machine to an address in the cluster.
+    pub(crate) fn door(&self, address: &str) -> Door {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(script()).args(["forward", address]);
+        command.env("MICA_CLUSTER", &self.folder).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = spawn_from_a_thread_that_stays(command);
+        let said = BufReader::new(child.stdout.take().unwrap()).lines().next();
+        let address = said.unwrap_or_else(|| panic!("no door to {address}")).unwrap().parse().unwrap();
+        Door { address, child }
+    }
+
     fn try_cluster<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<String, String> {
         let mut command = self.command();
         let done = command.args(arguments).stdin(Stdio::null()).output().unwrap();
@@ -132,6 +145,19 @@ impl Node {
         let mut command = Command::new(script());
         command.env("MICA_CLUSTER", &self.folder);
         command
+    }
+}
+
+/// A way into the cluster, closed when dropped.
+pub(crate) struct Door {
+    pub(crate) address: SocketAddr,
+    child: Child,
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -1,11 +1,14 @@
 //! Mica as its users have it in a cluster: a pod among pods.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::knowledge::permissions;
 use super::node::Node;
+use super::sidecars::{self, Sidecars};
+use crate::fixtures::OpensslCa;
 use crate::mica::Place;
 
 const IMAGE: &str = "localhost/mica:1";
@@ -114,21 +117,50 @@ fn mica(place: &Place) -> Vec<Value> {
 }
 
 /// Where only pods run that the restricted standard of pod security lets in.
-fn namespace(name: &str) -> Value {
+pub(super) fn namespace(name: &str) -> Value {
     let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
     json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 }
 
-fn account(namespace: &str, name: &str) -> Value {
+pub(super) fn account(namespace: &str, name: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"namespace": namespace, "name": name}})
 }
 
 /// A pod's half of the restricted standard; its volumes belong to its group.
-fn restricted() -> Value {
+pub(super) fn restricted() -> Value {
     json!({"runAsNonRoot": true, "fsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}})
 }
 
 /// A container's half.
-fn confined() -> Value {
+pub(super) fn confined() -> Value {
     json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}})
+}
+
+/// What the sidecars do with Secrets as Mica keeps them, from an OpenSSL CA: what is proven with Mica stands on this.
+#[test]
+fn sidecars_take_what_their_secrets_become() {
+    let node = &Node::start();
+    let ca = OpensslCa::new();
+    let deliver = || {
+        for name in sidecars::ACCOUNTS {
+            let set = ca.issue(&format!("spiffe://cluster.local/ns/{}/sa/{name}", sidecars::NAMESPACE));
+            node.apply(&[json!({
+                "apiVersion": "v1", "kind": "Secret",
+                "metadata": {"namespace": sidecars::NAMESPACE, "name": format!("istio.{name}")},
+                "stringData": {"cert-chain.pem": set.chain, "key.pem": set.key, "root-cert.pem": set.roots},
+            })]);
+        }
+    };
+    sidecars::make(node);
+    deliver();
+    let sidecars = Sidecars::under_load(node);
+    for _ in 0..3 {
+        let before = sidecars.serials();
+        deliver();
+        sidecars.wait_for_others(&before, Duration::from_secs(20));
+        sidecars.wait_for_answers(20);
+    }
+    node.cluster(["restart", "kube-apiserver"]);
+    sidecars.wait_for_answers(100);
+    sidecars.stop();
 }

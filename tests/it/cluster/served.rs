@@ -150,7 +150,7 @@ fn it_is_ready_when_all_accounts_and_pods_are_known() {
     let (place, plane) = (Place::new(), ControlPlane::shared());
     let mica = start(&place, plane, &[]);
     assert_eq!(mica.page("/readyz").0, 200);
-    assert!(mica.report().contains("Service accounts of https://127.0.0.1:"), "{}", mica.report());
+    assert!(mica.report().contains("accounts of https://127.0.0.1:"), "{}", mica.report());
     mica.stop();
 }
 
