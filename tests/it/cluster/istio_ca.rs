@@ -106,7 +106,22 @@ fn its_manifests_run_with_only_the_image_changed() {
     assert!(applied.secret(OWN, "istio-ca-secret", "ca-key.pem").unwrap().contains("PRIVATE KEY"));
     let made = Certificate::all_from_pem(root.as_bytes()).unwrap().remove(0);
     assert!(made.subject_text().contains("O=k8s.cluster.local"), "{}", made.subject_text());
-    assert_eq!(minutes(&made), 8760 * 60);
+    assert_eq!(minutes(&made), 2 + 8760 * 60);
+
+    // A secret for each account, everywhere, as sidecars mount it; deleted, it comes again.
+    let chain = |namespace: &str| applied.secret(namespace, "istio.default", "cert-chain.pem");
+    let first = wait_for(Duration::from_secs(10), "a secret", || chain("default"));
+    wait_for(Duration::from_secs(10), "another namespace's", || chain("kube-system"));
+    let secret = applied.get("secret", "default", "istio.default").unwrap();
+    assert_eq!(secret["type"], "istio.io/key-and-cert");
+    assert_eq!(secret["metadata"]["annotations"]["istio.io/service-account.name"], "default");
+    let delivered = Certificate::all_from_pem(first.as_bytes()).unwrap().remove(0);
+    assert_eq!(delivered.uris, ["spiffe://cluster.local/ns/default/sa/default"]);
+    assert_eq!(applied.secret("default", "istio.default", "root-cert.pem").unwrap().trim(), root.trim());
+    good(&applied.plane, &["delete", "secret", "istio.default", "--namespace=default"]);
+    wait_for(Duration::from_secs(15), "the secret again", || {
+        chain("default").filter(|chain| *chain != first)
+    });
 
     let leaf = applied.certificate(&mica, "default");
     assert_eq!(leaf.uris, ["spiffe://cluster.local/ns/default/sa/default"]);
