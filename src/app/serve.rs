@@ -20,7 +20,7 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
-use crate::cluster::{AsIstioCa, Cluster, ClusterStore};
+use crate::cluster::{AsIstioCa, Cluster, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -121,7 +121,12 @@ async fn start(typed: Typed) -> Result<(), Error> {
             if let Some(namespace) = &args.namespace {
                 cluster = cluster.within(namespace);
             }
-            (Subjects::Cluster(cluster), "--kube".to_owned())
+            // Of one alone nothing has to be known about the others, nor may be.
+            if let [only] = args.watch_namespaces.as_slice() {
+                cluster = cluster.only(only);
+            }
+            let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
+            (Subjects::Cluster { cluster, tellings }, "--kube".to_owned())
         }
     };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
@@ -135,19 +140,18 @@ async fn start(typed: Typed) -> Result<(), Error> {
         Some(files) => Some(Place::Files(files)),
         None => args.authority.clone().map(Place::Folder),
     };
-    match (place, subjects.cluster()) {
-        (None, Some(cluster)) => {
-            let mut store = ClusterStore::new(cluster, data.try_clone().map_err(fault)?);
+    match (place, &subjects) {
+        (None, Subjects::Cluster { cluster, tellings }) => {
+            let mut store = ClusterStore::new(cluster, tellings.clone(), data.try_clone().map_err(fault)?);
             if let Some(ours) = istio_ca {
                 store = store.as_istio_ca(AsIstioCa {
-                    namespace: ours.namespace.clone(),
                     organization: ours.organization.clone(),
                     lifetime: ours.root_lifetime,
                 });
             }
             run_with(typed, data, subjects, store, signals).await
         }
-        (None, None) => {
+        (None, Subjects::Folder { .. }) => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
             run_with(typed, data, subjects, store, signals).await
         }
@@ -171,10 +175,17 @@ async fn run_with(
         true => Some(bind(args.grpc_address, "--grpc-address").await?),
         false => None,
     };
-    let http = bind(args.http_address, "--http-address").await?;
+    let (http, early) = twins(bind(args.http_address, "--http-address").await?).map_err(fault)?;
     // Before the sink, whose record shows that there was an authority.
-    let issuer =
-        store.load(&args.trust_domain).await.map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
+    let open_files = listen::raise_open_files();
+    let loaded = tokio::select! {
+        // What is there at once needs nobody who says that it is not.
+        biased;
+        loaded = store.load(&args.trust_domain) => loaded,
+        served = not_ready(early, open_files) => return served,
+        () = signals.next() => return Ok(()),
+    };
+    let issuer = loaded.map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
     let authority = Arc::new(Authority::new(args.trust_domain.clone(), issuer));
     let mut registry = Registry::default();
     authority.register(&mut registry);
@@ -233,6 +244,8 @@ async fn run_with(
     certificate.begin();
 
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    let watched = authority.clone();
+    tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
     let (said, taken) = (policy.clone(), tokens.clone());
     tasks.spawn(until(stopping(), async move { tokens::follow_policy(&said, &taken).await }));
     tasks.spawn(until(stopping(), async move { policy.follow().await }));
@@ -251,7 +264,6 @@ async fn run_with(
             tokio::time::sleep(HANG_UP).await;
         }
     };
-    let open_files = listen::raise_open_files();
     let (ends, cut, asked) = (stopping(), cut_off(), ready.clone());
     tasks.spawn(async move {
         tokio::select! {
@@ -328,7 +340,10 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
         };
         let now = clock::now();
         let refused = match issuer {
-            Ok(issuer) if issuer.is_same(&authority.issuer()) => continue,
+            Ok(issuer) if issuer.is_same(&authority.issuer()) => {
+                authority.metrics().reloaded();
+                continue;
+            }
             Ok(issuer) => match issuer.usable(now) {
                 // One that issues is not given up for one that does not.
                 Err(fault) if authority.issuer().usable(now).is_ok() => {
@@ -340,6 +355,7 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
                     let serial = issuer.certificate().serial_text();
                     tracing::info!(%serial, "the authority has a new issuer below the same root");
                     authority.replace(issuer);
+                    authority.metrics().reloaded();
                     if events.send(Event::Issuer).await.is_err() {
                         return;
                     }
@@ -360,6 +376,19 @@ pub(super) fn stopping(stopped: &watch::Receiver<bool>) -> impl Future<Output = 
         // An error means that the sender is gone, which is an end too.
         let _ = stopped.wait_for(|stop| *stop).await;
     }
+}
+
+/// Lives, and says so, while the store waits for what it needs.
+async fn not_ready(http: TcpListener, open_files: usize) -> Result<(), Error> {
+    let ready: admin::Ready =
+        Arc::new(|| Err("the authority is not loaded yet; the log says why".to_owned()));
+    admin::serve(http, open_files, Arc::default(), ready, std::future::pending()).await.map_err(fault)
+}
+
+/// The same twice, of which one can be given up without the other.
+fn twins(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
+    let listener = listener.into_std()?;
+    Ok((TcpListener::from_std(listener.try_clone()?)?, TcpListener::from_std(listener)?))
 }
 
 async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {

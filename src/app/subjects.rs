@@ -16,27 +16,28 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{AccountSource, Cluster, Election, Events, Leadership, Objects, Secrets, Told, Wanted};
+use crate::cluster::{
+    AccountSource, Cluster, Election, Events, Leadership, Namespaces, Objects, Roots, RootsOptions, Secrets,
+    Told, Wanted,
+};
 use crate::config::serve::Args;
+use crate::core::selection::Rules;
 use crate::reconcile::{self, Event, Judge, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
-use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
-/// Mica's own namespace.
-const OWN_NAMESPACE: &str = "istio-system";
 
 /// Whose certificates.
 pub(super) enum Subjects {
     /// The accounts of a folder of manifests.
     Folder { source: Box<FolderSource>, secrets: PathBuf },
     /// The accounts of a cluster.
-    Cluster(Cluster),
+    Cluster { cluster: Cluster, tellings: Arc<Events> },
 }
 
 /// Subjects that are being followed.
@@ -66,7 +67,7 @@ impl Subjects {
     pub(super) fn cluster(&self) -> Option<&Cluster> {
         match self {
             Self::Folder { .. } => None,
-            Self::Cluster(cluster) => Some(cluster),
+            Self::Cluster { cluster, .. } => Some(cluster),
         }
     }
 
@@ -86,8 +87,8 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => {
-                Ok(follow_cluster(args, cluster, tokens, authority, registry, stopped, tasks))
+            Self::Cluster { cluster, tellings } => {
+                Ok(follow_cluster(args, cluster, tellings, tokens, authority, registry, stopped, tasks))
             }
         }
     }
@@ -145,9 +146,11 @@ fn follow_folder(
     Ok(Followed { liveness, nodes: None, first, reported, events })
 }
 
+#[expect(clippy::too_many_arguments, reason = "called once, from above")]
 fn follow_cluster(
     args: &Args,
     cluster: Cluster,
+    tellings: Arc<Events>,
     tokens: &Arc<Tokens>,
     authority: &Arc<Authority>,
     registry: &mut Registry,
@@ -162,7 +165,7 @@ fn follow_cluster(
     let leadership = if is_istio_ca {
         Leadership::always()
     } else {
-        let election = Election::new(&cluster);
+        let election = Election::new(&cluster, tellings.clone());
         election.register(registry);
         let leadership = election.leadership();
         let stop = stopping(stopped);
@@ -172,10 +175,39 @@ fn follow_cluster(
         });
         leadership
     };
-    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
     tellings.register(registry);
+    let own = cluster.namespace().to_owned();
+    let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
+    let rules = Rules {
+        watched: watched.map(|names| names.iter().cloned().collect()),
+        by_default: args.namespaces_by_default,
+        own: own.clone(),
+    };
+    let namespaces = Namespaces::new(&cluster, rules);
+    let namespaces = Arc::new(if is_istio_ca { namespaces.without_labels() } else { namespaces });
+    namespaces.register(registry);
     if !is_istio_ca {
-        tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
+        let posted = tellings.clone();
+        tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+        let chosen = namespaces.clone();
+        tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+        let options = RootsOptions {
+            config_map: args.root_config_map().map(str::to_owned),
+            trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+            own,
+        };
+        let door = authority.clone();
+        let current = Box::new(move || door.issuer().bundle().clone());
+        let roots = Arc::new(Roots::new(
+            &cluster,
+            options,
+            current,
+            namespaces.clone(),
+            leadership.clone(),
+            tellings,
+        ));
+        roots.register(registry);
+        tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
     }
     let metrics = reconcile::Metrics::default();
     metrics.register(registry);
@@ -183,10 +215,15 @@ fn follow_cluster(
     let followed = objects.clone();
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
     let (passed, first_pass) = oneshot::channel();
+    let (chosen, known) = (namespaces.clone(), objects.clone());
+    let wanted: Wanted = Arc::new(move |account| {
+        chosen.choice(account.namespace()).is_some_and(|choice| choice.serves(known.deliver(account)))
+    });
     let delivery = Delivery {
         cluster: cluster.clone(),
         objects: objects.clone(),
-        wanted: Arc::new(|_| true),
+        wanted,
+        namespaces: namespaces.clone(),
         leadership: leadership.clone(),
         authority: authority.clone(),
         options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
@@ -220,6 +257,7 @@ struct Delivery {
     cluster: Cluster,
     objects: Arc<Objects>,
     wanted: Wanted,
+    namespaces: Arc<Namespaces>,
     leadership: Leadership,
     authority: Arc<Authority>,
     options: reconcile::Options,
@@ -250,14 +288,17 @@ impl Delivery {
 
     /// Begins with nothing known, and ends when it is dropped.
     async fn term(&self, inbox: &mut mpsc::Receiver<Event>, first: &mut Option<oneshot::Sender<Report>>) {
-        let Self { objects, wanted, authority, .. } = self;
+        let Self { objects, wanted, authority, namespaces, .. } = self;
+        let flips = namespaces.flips();
+        // Nobody is given up for not being known yet.
+        namespaces.completed().await;
         let mut source = AccountSource::new(objects.clone(), wanted.clone());
         let secrets = Arc::new(Secrets::new(
             &self.cluster,
             objects.clone(),
             wanted.clone(),
             self.leadership.clone(),
-            OWN_NAMESPACE,
+            self.cluster.namespace(),
         ));
         let judge = Judge::new(authority.clone());
         let (events, told) = mpsc::channel(EVENTS);
@@ -280,6 +321,10 @@ impl Delivery {
             loop {
                 let event = tokio::select! {
                     change = source.next() => Event::Source(change),
+                    flipped = flips.next() => {
+                        flipped.iter().for_each(|namespace| objects.tell_again(namespace));
+                        continue;
+                    }
                     Some(event) = inbox.recv() => event,
                     Some(told) = watch.next() => match told {
                         Told::Listing => Event::Listing,

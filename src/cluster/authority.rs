@@ -7,9 +7,10 @@ mod remembered;
 mod watching;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Secret};
 use kube::Client;
 use kube::core::Request;
 use kube::core::params::{GetParams, PostParams};
@@ -18,6 +19,7 @@ use tokio::time::{Instant, sleep};
 use zeroize::Zeroizing;
 
 use super::call::{Call, Fault, call, jittered};
+use super::events::{EventReason, Events, Severity};
 use super::{Cluster, MANAGER};
 use crate::core::authority_files::{self, CA_CERT, CA_KEY, CERT_CHAIN};
 use crate::core::bundle::TrustBundle;
@@ -151,6 +153,7 @@ impl From<Fault> for Failure {
 /// An authority in the cluster.
 pub struct ClusterStore {
     kept: Kept,
+    tellings: Arc<Events>,
     watching: Watching,
     next_look: Instant,
 }
@@ -158,8 +161,6 @@ pub struct ClusterStore {
 /// How istio-ca 0.2.10 kept its authority: in `istio-ca-secret` alone, within rights that know no ConfigMaps.
 #[derive(Clone, Debug)]
 pub struct AsIstioCa {
-    /// The only namespace whose secrets it may read.
-    pub namespace: Option<String>,
     /// Of a root that is made.
     pub organization: Organization,
     /// Of a root that is made.
@@ -175,20 +176,34 @@ struct Kept {
     known: Option<TrustBundle>,
     /// The versions of what was last loaded.
     seen: Option<Versions>,
+    /// The only namespace beside that one which may be read.
+    only: Option<Arc<str>>,
     as_istio_ca: Option<AsIstioCa>,
 }
 
 impl ClusterStore {
     /// Takes the data folder, whose lock the caller holds.
-    pub fn new(cluster: &Cluster, data: Dir) -> Self {
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>, data: Dir) -> Self {
         let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
+        let only = cluster.only.clone();
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
-        let kept = Kept { client, namespace, data, known: None, seen: None, as_istio_ca: None };
-        Self { kept, watching, next_look: Instant::now() + LOOK }
+        let kept = Kept { client, namespace, data, only, known: None, seen: None, as_istio_ca: None };
+        Self { kept, tellings, watching, next_look: Instant::now() + LOOK }
     }
-}
 
-impl ClusterStore {
+    /// Tells of it beside the secret. What ends a start ends it before anything could be posted.
+    fn tell(&self, error: &store::Error) {
+        let is_brought = self.kept.seen.as_ref().is_some_and(|[brought, ..]| brought.is_some());
+        let secret = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Secret".to_owned()),
+            name: Some(if is_brought { BROUGHT } else { OWN }.to_owned()),
+            namespace: Some(self.kept.namespace.clone()),
+            ..ObjectReference::default()
+        };
+        self.tellings.tell(&secret, Severity::Warning, EventReason::AuthorityUnusable, error.to_string());
+    }
+
     /// Keeps it as istio-ca did.
     pub fn as_istio_ca(mut self, how: AsIstioCa) -> Self {
         self.kept.as_istio_ca = Some(how);
@@ -371,7 +386,10 @@ impl AuthorityStore for ClusterStore {
         loop {
             let fault = match self.kept.attempt(trust_domain).await {
                 Ok(issuer) => return Ok(issuer),
-                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Final(error)) => {
+                    self.tell(&error);
+                    return Err(error);
+                }
                 Err(Failure::Later(fault)) => fault,
             };
             let mut wait = jittered(pause);

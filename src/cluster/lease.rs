@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
 use kube::core::Request;
 use kube::core::params::{GetParams, PostParams};
@@ -17,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::call::{Call, Fault, call, jittered};
+use super::events::{EventReason, Events, Severity};
 use super::{Cluster, MANAGER, PATIENCE};
 use crate::core::election::{Candidate, Record, Step};
 use crate::sys::{self, clock, keys};
@@ -82,11 +85,12 @@ pub struct Election {
     until: watch::Sender<Option<Instant>>,
     /// What was last said to be wrong.
     fault: Option<String>,
+    tellings: Arc<Events>,
 }
 
 impl Election {
     /// Takes part from [`Election::run`] on.
-    pub fn new(cluster: &Cluster) -> Self {
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>) -> Self {
         let suffix: u64 = keys::random_bytes().map_or(0, u64::from_le_bytes);
         let name = format!("{}_{suffix:016x}", sys::host_name());
         Self {
@@ -97,6 +101,7 @@ impl Election {
             begun: Instant::now(),
             until: watch::Sender::new(None),
             fault: None,
+            tellings,
         }
     }
 
@@ -151,7 +156,11 @@ impl Election {
         let before = self.until.send_replace(until);
         let holder = self.candidate.name();
         match (before, until) {
-            (None, Some(_)) => tracing::info!(holder, "this replica writes into the cluster"),
+            (None, Some(_)) => {
+                tracing::info!(holder, "this replica writes into the cluster");
+                let note = format!("{holder} writes into the cluster from now on");
+                self.tellings.tell(&self.reference(), Severity::Normal, EventReason::LeaderElected, note);
+            }
             (Some(_), None) => tracing::warn!(holder, "this replica writes into the cluster no longer"),
             _ => {}
         }
@@ -243,6 +252,18 @@ impl Election {
         match self.write("update", &lease).await {
             Ok(_) => tracing::info!("the lease was given back"),
             Err(fault) => tracing::warn!(%fault, "the lease cannot be given back; it ends by itself"),
+        }
+    }
+
+    fn reference(&self) -> ObjectReference {
+        let uid = self.lease.as_ref().and_then(|lease| lease["metadata"]["uid"].as_str());
+        ObjectReference {
+            api_version: Some("coordination.k8s.io/v1".to_owned()),
+            kind: Some("Lease".to_owned()),
+            name: Some(LEASE.to_owned()),
+            namespace: Some(self.namespace.clone()),
+            uid: uid.map(str::to_owned),
+            ..ObjectReference::default()
         }
     }
 

@@ -8,28 +8,34 @@ mod known;
 mod lease;
 mod live;
 mod metrics;
+mod namespaces;
 mod objects;
 mod review;
+mod roots;
 mod secrets;
 mod seen;
+mod watch;
 
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::NamespaceResourceScope;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::core::Request;
 use kube::core::params::GetParams;
-use kube::{Client, Config};
+use kube::{Api, Client, Config, Resource};
 use serde::Deserialize;
 
 pub use accounts::{AccountSource, Wanted};
 pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
+pub use namespaces::{Flips, Namespaces};
 pub use objects::Objects;
 pub use review::TokenReviews;
+pub use roots::{Roots, RootsOptions};
 pub use secrets::{SecretWatch, Secrets, Told};
 
 use crate::auth::{Answer, KeySource};
@@ -41,6 +47,21 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [\"\"]
+  resources: [namespaces]
+  verbs: [list, watch]
+- apiGroups: [\"\"]
+  resources: [configmaps]
+  resourceNames: [istio-ca-root-cert]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [clustertrustbundles]
+  resourceNames: [mica.dev:workload:cluster.local]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [signers]
+  resourceNames: [mica.dev/workload]
+  verbs: [attest]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]
@@ -50,10 +71,6 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
-- apiGroups: [\"\"]
-  resources: [configmaps]
-  resourceNames: [istio-ca-root-cert]
-  verbs: [list]
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
 ";
@@ -129,6 +146,9 @@ pub struct Cluster {
     place: Arc<str>,
     /// Of the pod that this runs in.
     namespace: Option<Arc<str>>,
+    metrics: metrics::Metrics,
+    /// The only namespace that is asked about.
+    only: Option<Arc<str>>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -183,7 +203,7 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place, namespace: None })
+        Ok(Self { client, place, namespace: None, only: None, metrics: metrics::Metrics::default() })
     }
 
     /// Its address.
@@ -199,6 +219,22 @@ impl Cluster {
     /// The namespace that is Mica's own: that of its pod, unless something else was said.
     pub fn namespace(&self) -> &str {
         self.namespace.as_deref().unwrap_or(NAMESPACE)
+    }
+
+    /// One of which only this namespace, and its own, are asked about.
+    pub fn only(self, namespace: &str) -> Self {
+        Self { only: Some(namespace.into()), ..self }
+    }
+
+    /// What is in all namespaces, or in the only one.
+    fn all<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        match &self.only {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
     }
 
     /// The issuer of its service account tokens.

@@ -5,7 +5,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource as _};
+use kube::{Api, Resource as _};
 use tokio::sync::{Notify, watch};
 use tokio_stream::StreamExt as _;
 
@@ -25,7 +25,7 @@ use crate::sys::clock;
 /// What a watch has told is believed until it tells otherwise, also while the API server is away. What it has not told is
 /// read once, and if that fails it is unknown.
 pub struct Objects {
-    client: Client,
+    cluster: Cluster,
     live: Live,
     pub(super) accounts: Kept<Accounts>,
     /// Accounts that came, went or were replaced, for who follows them.
@@ -47,9 +47,9 @@ impl std::fmt::Debug for Objects {
 impl Objects {
     /// Knows nothing yet.
     pub fn new(cluster: &Cluster) -> Self {
-        let metrics = Metrics::default();
+        let metrics = cluster.metrics.clone();
         Self {
-            client: cluster.client.clone(),
+            cluster: cluster.clone(),
             live: Live::new(cluster.client.clone(), metrics.clone()),
             accounts: Kept::default(),
             changed: Changed::default(),
@@ -72,14 +72,14 @@ impl Objects {
     pub async fn follow(&self) {
         let nodes = async {
             self.nodes_wanted.notified().await;
-            self.watch(&self.nodes).await;
+            self.watch(&self.nodes, Api::all(self.cluster.client.clone())).await;
         };
         let pods = async {
             if self.follows_pods {
-                self.watch(&self.pods).await;
+                self.watch(&self.pods, self.cluster.all()).await;
             }
         };
-        tokio::join!(self.watch(&self.accounts), pods, nodes);
+        tokio::join!(self.watch(&self.accounts, self.cluster.all()), pods, nodes);
     }
 
     /// Waits until all accounts and pods have been seen once.
@@ -106,10 +106,9 @@ impl Objects {
         &self.metrics
     }
 
-    async fn watch<M: Memory>(&self, kept: &Kept<M>) {
+    async fn watch<M: Memory>(&self, kept: &Kept<M>, api: Api<Seen<M::Kind>>) {
         let what = M::Kind::plural(&());
         self.metrics.watched(&what);
-        let api: Api<Seen<M::Kind>> = Api::all(self.client.clone());
         let mut events = pin!(watcher(api, watcher::Config::default()).default_backoff());
         let mut fresh = M::default();
         while let Some(event) = events.next().await {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client};
+use kube::Api;
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_stream::{Stream, StreamExt as _};
@@ -22,6 +22,7 @@ use crate::auth::{Life, Liveness as _};
 use crate::core::plan::CertificateSet;
 use crate::core::spiffe::ServiceAccount;
 use crate::sink::{Error, Found, Sink};
+use crate::sys::clock;
 use requests::{Fault, Requests};
 use stored::{Marks, Stored, TYPE};
 
@@ -35,7 +36,7 @@ const LAST_PAUSE: u64 = 8_000;
 
 /// The secrets of a cluster's accounts.
 pub struct Secrets {
-    client: Client,
+    cluster: Cluster,
     requests: Requests,
     objects: Arc<Objects>,
     wanted: Wanted,
@@ -68,7 +69,7 @@ impl Secrets {
         own: &str,
     ) -> Self {
         Self {
-            client: cluster.client.clone(),
+            cluster: cluster.clone(),
             requests: Requests::new(cluster.client.clone(), leadership),
             objects,
             wanted,
@@ -80,7 +81,7 @@ impl Secrets {
 
     /// Follows what is there. The accounts have to be known by then.
     pub fn watch(self: &Arc<Self>) -> SecretWatch {
-        let api: Api<Stored> = Api::all(self.client.clone());
+        let api: Api<Stored> = self.cluster.all();
         let config = watcher::Config::default().fields(&format!("type={TYPE}")).page_size(PAGE);
         let events = watcher(api, config).backoff(Pauses(FIRST_PAUSE));
         self.objects.metrics().watched("secrets");
@@ -102,6 +103,14 @@ impl Secrets {
             // Somebody else may keep it.
             Marks::Missing if is_given_up => {
                 return Found::Foreign("its account is none that mica was told to serve".to_owned());
+            }
+            Marks::Whole if is_given_up => {
+                return match stored.not_after() {
+                    Some(not_after) => Found::Released(not_after),
+                    None => {
+                        Found::Foreign("its account is served no longer, and it cannot be read".to_owned())
+                    }
+                };
             }
             Marks::Missing | Marks::Whole => {}
         }
@@ -263,6 +272,12 @@ impl Sink for Secrets {
             Ok(None) | Err(Error::Foreign { .. }) => return Ok(()),
             Err(fault) => return Err(fault),
         };
+        match self.found(account, Stored::of(&object)?) {
+            // Pods may use it: they are not to lose it with a label of their namespace.
+            Found::Released(not_after) if clock::now() < not_after => return Err(Error::Changed),
+            Found::Foreign(_) => return Ok(()),
+            _ => {}
+        }
         match self.requests.delete(account, &object).await {
             Ok(()) | Err(Fault::NotFound) => Ok(()),
             Err(fault) => Err(fault.during("deleting its secret")),

@@ -158,8 +158,6 @@ pub enum Command {
 /// What istio-ca's flags ask of `mica serve --kube` that no flag of its own does.
 #[derive(Clone, Debug)]
 pub struct IstioCa {
-    /// The only one to serve.
-    pub namespace: Option<String>,
     /// Which API server.
     pub kubeconfig: Option<PathBuf>,
     /// An authority that is brought, by the names its files have in a folder; without it, one is kept in the cluster.
@@ -207,8 +205,10 @@ impl Args {
             args.max_ttl = lifetime;
         }
         args.namespace = Some(self.storage_namespace()?);
+        args.watch_namespaces = self.watched_namespace()?.into_iter().collect();
+        // Of the cluster's objects istio-ca wrote secrets alone.
+        args.cluster_trust_bundle = false;
         args.istio_ca = Some(Box::new(IstioCa {
-            namespace: self.watched_namespace()?,
             kubeconfig: given(&self.kube_config),
             authority: self.authority()?,
             organization: self.self_signed_ca_org.clone(),
@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(args.dns_names[0].to_string(), "istio-ca");
         assert_eq!(args.namespace.as_deref(), Some("istio-system"));
         let ours = args.istio_ca.unwrap();
-        assert_eq!(ours.namespace, None);
+        assert!(args.watch_namespaces.is_empty());
         assert_eq!(ours.organization.as_str(), "k8s.cluster.local");
         assert_eq!(ours.root_lifetime, Lifetime::from_secs(365 * 86_400));
         assert!(ours.grpc && ours.authority.is_none() && ours.kubeconfig.is_none());
@@ -410,7 +410,7 @@ mod tests {
     fn the_variable_namespace_chooses_both() {
         let ours = |arguments: &[&str]| {
             let args = parsed(&[arguments, &["--self-signed-ca"]].concat()).unwrap();
-            (args.namespace.unwrap(), args.istio_ca.unwrap().namespace)
+            (args.namespace.unwrap(), args.watch_namespaces.into_iter().next())
         };
         let both = |storage: &str, watched: Option<&str>| (storage.to_owned(), watched.map(str::to_owned));
         // The flag is the variable's stand-in, since tests run beside each other.

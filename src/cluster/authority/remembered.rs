@@ -57,10 +57,8 @@ impl Kept {
         if self.published()?.is_some() {
             return Ok(Some(self.data.path().join(ROOTS).display().to_string()));
         }
-        let (traces, namespace) = match &self.as_istio_ca {
-            Some(how) => (&TRACES[1..], how.namespace.as_deref()),
-            None => (&TRACES[..], None),
-        };
+        let traces = if self.as_istio_ca.is_some() { &TRACES[1..] } else { &TRACES[..] };
+        let namespace = self.only.as_deref();
         let path =
             namespace.map_or_else(|| "/api/v1".to_owned(), |name| format!("/api/v1/namespaces/{name}"));
         for (resource, kind, selector) in traces {

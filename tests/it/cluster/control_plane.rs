@@ -498,7 +498,7 @@ fn authority() -> CertifiedIssuer<'static, KeyPair> {
 }
 
 /// Below those that the kernel gives to whoever asks for any, so that nobody else has it a moment later.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let begin = u16::try_from(std::process::id() % 12_000).unwrap();
     loop {
