@@ -44,6 +44,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What no watch tells of is looked for this often.
 const LOOK: Duration = Duration::from_secs(30);
+/// Secrets are often replaced by deleting and creating them; one that comes again so soon was never gone.
+const SETTLE: Duration = Duration::from_secs(3);
 
 /// Why the cluster's authority is not used. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +156,8 @@ pub struct ClusterStore {
     tellings: Arc<Events>,
     watching: Watching,
     next_look: Instant,
+    /// Since when a secret that was there is not.
+    missing: Option<Instant>,
 }
 
 /// What is kept, where, and what is known of it.
@@ -173,7 +177,7 @@ impl ClusterStore {
         let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
         let kept = Kept { client, namespace, data, known: None, seen: None };
-        Self { kept, tellings, watching, next_look: Instant::now() + LOOK }
+        Self { kept, tellings, watching, next_look: Instant::now() + LOOK, missing: None }
     }
 
     /// Tells of it beside the secret. What ends a start ends it before anything could be posted.
@@ -223,6 +227,12 @@ impl Kept {
                 self.make(trust_domain).await?;
             }
         }
+    }
+
+    /// Whether a secret that was there is not.
+    fn misses_one(&self, looked: &Looked) -> bool {
+        let [brought, own, _] = self.seen.clone().unwrap_or_default();
+        brought.is_some() && looked.brought.is_none() || own.is_some() && looked.own.is_none()
     }
 
     async fn look(&self) -> Result<Looked, Fault> {
@@ -386,10 +396,24 @@ impl AuthorityStore for ClusterStore {
             }
             self.next_look = Instant::now() + jittered(LOOK);
             match self.kept.look().await {
-                Ok(looked) if self.kept.seen.as_ref() == Some(&looked.versions()) => {}
-                Ok(_) => return,
+                Ok(looked) if self.kept.seen.as_ref() == Some(&looked.versions()) => self.missing = None,
+                Ok(looked) if !self.kept.misses_one(&looked) => {
+                    self.missing = None;
+                    return;
+                }
+                Ok(_) => {
+                    let until = *self.missing.get_or_insert_with(Instant::now) + SETTLE;
+                    if Instant::now() >= until {
+                        self.missing = None;
+                        return;
+                    }
+                    self.next_look = until;
+                }
                 // What is there stays; the watches say more of it.
-                Err(fault) => tracing::debug!(%fault, "the authority cannot be looked at"),
+                Err(fault) => {
+                    tracing::debug!(%fault, "the authority cannot be looked at");
+                    self.next_look = Instant::now() + jittered(LONGEST_PAUSE);
+                }
             }
         }
     }
