@@ -16,8 +16,12 @@ use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, Nodes};
 use crate::authority::Authority;
-use crate::cluster::{AccountSource, Cluster, Election, Events, Leadership, Objects, Secrets, Told, Wanted};
+use crate::cluster::{
+    AccountSource, Cluster, Election, Events, Leadership, Namespaces, Objects, Roots, RootsOptions, Secrets,
+    Told, Wanted,
+};
 use crate::config::serve::Args;
+use crate::core::selection::Rules;
 use crate::reconcile::{self, Event, Judge, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
@@ -164,17 +168,45 @@ fn follow_cluster(
         Ok(())
     });
     tellings.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { tellings.post().await }));
+    let posted = tellings.clone();
+    tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+    let own = cluster.namespace().to_owned();
+    let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
+    let rules = Rules {
+        watched: watched.map(|names| names.iter().cloned().collect()),
+        by_default: args.namespaces_by_default,
+        own: own.clone(),
+    };
+    let namespaces = Arc::new(Namespaces::new(&cluster, rules));
+    namespaces.register(registry);
+    let chosen = namespaces.clone();
+    tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+    let options = RootsOptions {
+        config_map: args.root_config_map().map(str::to_owned),
+        trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+        own,
+    };
+    let door = authority.clone();
+    let current = Box::new(move || door.issuer().bundle().clone());
+    let roots =
+        Arc::new(Roots::new(&cluster, options, current, namespaces.clone(), leadership.clone(), tellings));
+    roots.register(registry);
+    tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
     let metrics = reconcile::Metrics::default();
     metrics.register(registry);
     let (events, inbox) = mpsc::channel(EVENTS);
     let followed = objects.clone();
     tasks.spawn(until(stopping(stopped), async move { followed.follow().await }));
     let (passed, first_pass) = oneshot::channel();
+    let (chosen, known) = (namespaces.clone(), objects.clone());
+    let wanted: Wanted = Arc::new(move |account| {
+        chosen.choice(account.namespace()).is_some_and(|choice| choice.serves(known.deliver(account)))
+    });
     let delivery = Delivery {
         cluster: cluster.clone(),
         objects: objects.clone(),
-        wanted: Arc::new(|_| true),
+        wanted,
+        namespaces: namespaces.clone(),
         leadership: leadership.clone(),
         authority: authority.clone(),
         options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
@@ -208,6 +240,7 @@ struct Delivery {
     cluster: Cluster,
     objects: Arc<Objects>,
     wanted: Wanted,
+    namespaces: Arc<Namespaces>,
     leadership: Leadership,
     authority: Arc<Authority>,
     options: reconcile::Options,
@@ -238,7 +271,10 @@ impl Delivery {
 
     /// Begins with nothing known, and ends when it is dropped.
     async fn term(&self, inbox: &mut mpsc::Receiver<Event>, first: &mut Option<oneshot::Sender<Report>>) {
-        let Self { objects, wanted, authority, .. } = self;
+        let Self { objects, wanted, authority, namespaces, .. } = self;
+        let flips = namespaces.flips();
+        // Nobody is given up for not being known yet.
+        namespaces.completed().await;
         let mut source = AccountSource::new(objects.clone(), wanted.clone());
         let secrets = Arc::new(Secrets::new(
             &self.cluster,
@@ -268,6 +304,10 @@ impl Delivery {
             loop {
                 let event = tokio::select! {
                     change = source.next() => Event::Source(change),
+                    flipped = flips.next() => {
+                        flipped.iter().for_each(|namespace| objects.tell_again(namespace));
+                        continue;
+                    }
                     Some(event) = inbox.recv() => event,
                     Some(told) = watch.next() => match told {
                         Told::Listing => Event::Listing,

@@ -26,9 +26,13 @@ impl AccountSource {
     }
 
     fn change(&self, accounts: impl Iterator<Item = ServiceAccount>) -> Change {
-        let known = self.objects.accounts.read();
-        let (added, removed) =
-            accounts.partition(|account| known.get(account).is_some() && (self.wanted)(account));
+        let (alive, mut removed): (Vec<_>, Vec<_>) = {
+            let known = self.objects.accounts.read();
+            accounts.partition(|account| known.get(account).is_some())
+        };
+        // What is wanted may depend on what is known of the account.
+        let (added, given_up): (_, Vec<_>) = alive.into_iter().partition(|account| (self.wanted)(account));
+        removed.extend(given_up);
         // It is only told once all of it was read.
         Change { added, removed, settled: true }
     }
@@ -56,6 +60,11 @@ impl Drop for AccountSource {
 }
 
 impl Objects {
+    /// What an account says of itself about being delivered to.
+    pub fn deliver(&self, account: &ServiceAccount) -> Option<bool> {
+        self.accounts.read().get(account)?.deliver
+    }
+
     /// Has all accounts of a namespace told again, since other ones of them may be wanted now.
     pub fn tell_again(&self, namespace: &str) {
         let known = self.accounts.read();

@@ -17,6 +17,8 @@ const LEEWAY: i64 = 60;
 pub(super) struct Which {
     pub(super) uid: Box<str>,
     deleted_at: Option<i64>,
+    /// Of an account: what it says of being delivered to.
+    pub(super) deliver: Option<bool>,
 }
 
 /// A pod, or something of which less is known.
@@ -30,7 +32,7 @@ pub(super) struct Facts {
 
 impl Which {
     fn of<K>(seen: &Seen<K>) -> Self {
-        Self { uid: seen.uid().into(), deleted_at: seen.deleted_at }
+        Self { uid: seen.uid().into(), deleted_at: seen.deleted_at, deliver: seen.deliver }
     }
 
     pub(super) fn is_gone(&self, now: i64) -> bool {
@@ -61,7 +63,7 @@ impl Facts {
 pub(super) trait Memory: Default + Send + Sync {
     type Kind: Resource<DynamicType = ()> + 'static;
 
-    /// Tells whose account it is, if it was not known.
+    /// Tells whose account it is, if it was not known, or was not the same.
     fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount>;
     /// Tells whose account it was.
     fn delete(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount>;
@@ -92,7 +94,8 @@ impl Memory for Accounts {
     fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
         let account = ServiceAccount::new(seen.namespace(), seen.name()).ok()?;
         let before = self.0.insert(account.clone(), Which::of(seen));
-        before.is_none_or(|before| *before.uid != *seen.uid()).then_some(account)
+        let is_same = |before: Which| *before.uid == *seen.uid() && before.deliver == seen.deliver;
+        (!before.is_some_and(is_same)).then_some(account)
     }
 
     fn delete(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
@@ -102,7 +105,8 @@ impl Memory for Accounts {
 
     fn differences(&self, other: &Self) -> Vec<ServiceAccount> {
         let differs = |account: &&ServiceAccount| {
-            let [here, there] = [self, other].map(|accounts| accounts.get(account).map(|which| &which.uid));
+            let said = |which: &Which| (which.uid.clone(), which.deliver);
+            let [here, there] = [self, other].map(|accounts| accounts.get(account).map(said));
             here != there
         };
         let gone = other.0.keys().filter(|account| !self.0.contains_key(account));

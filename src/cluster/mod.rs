@@ -8,10 +8,13 @@ mod known;
 mod lease;
 mod live;
 mod metrics;
+mod namespaces;
 mod objects;
 mod review;
+mod roots;
 mod secrets;
 mod seen;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
@@ -27,8 +30,10 @@ pub use accounts::{AccountSource, Wanted};
 pub use authority::{AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
+pub use namespaces::{Flips, Namespaces};
 pub use objects::Objects;
 pub use review::TokenReviews;
+pub use roots::{Roots, RootsOptions};
 pub use secrets::{SecretWatch, Secrets, Told};
 
 use crate::auth::{Answer, KeySource};
@@ -40,6 +45,21 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [\"\"]
   resources: [serviceaccounts, pods, nodes]
   verbs: [get, list, watch]
+- apiGroups: [\"\"]
+  resources: [namespaces]
+  verbs: [list, watch]
+- apiGroups: [\"\"]
+  resources: [configmaps]
+  resourceNames: [istio-ca-root-cert]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [clustertrustbundles]
+  resourceNames: [mica.dev:workload:cluster.local]
+  verbs: [list, watch, create, patch]
+- apiGroups: [certificates.k8s.io]
+  resources: [signers]
+  resourceNames: [mica.dev/workload]
+  verbs: [attest]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]
@@ -49,13 +69,6 @@ pub const PERMISSIONS: &str = "\
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
-- apiGroups: [\"\"]
-  resources: [configmaps]
-  resourceNames: [istio-ca-root-cert]
-  verbs: [list]
-- apiGroups: [\"\"]
-  resources: [secrets]
-  verbs: [list]
 - nonResourceURLs: [/openid/v1/jwks, /.well-known/openid-configuration]
   verbs: [get]
 ";
@@ -131,6 +144,7 @@ pub struct Cluster {
     place: Arc<str>,
     /// Of the pod that this runs in.
     namespace: Option<Arc<str>>,
+    metrics: metrics::Metrics,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -171,7 +185,7 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place, namespace: None })
+        Ok(Self { client, place, namespace: None, metrics: metrics::Metrics::default() })
     }
 
     /// Its address.

@@ -45,7 +45,7 @@ impl std::fmt::Debug for Objects {
 impl Objects {
     /// Knows nothing yet.
     pub fn new(cluster: &Cluster) -> Self {
-        let metrics = Metrics::default();
+        let metrics = cluster.metrics.clone();
         Self {
             client: cluster.client.clone(),
             live: Live::new(cluster.client.clone(), metrics.clone()),

@@ -22,6 +22,7 @@ use crate::auth::{Life, Liveness as _};
 use crate::core::plan::CertificateSet;
 use crate::core::spiffe::ServiceAccount;
 use crate::sink::{Error, Found, Sink};
+use crate::sys::clock;
 use requests::{Fault, Requests};
 use stored::{Marks, Stored, TYPE};
 
@@ -102,6 +103,12 @@ impl Secrets {
             // Somebody else may keep it.
             Marks::Missing if is_given_up => {
                 return Found::Foreign("its account is none that mica was told to serve".to_owned());
+            }
+            Marks::Whole if is_given_up => {
+                return match stored.not_after() {
+                    Some(not_after) => Found::Released(not_after),
+                    None => Found::Foreign("its account is served no longer, and it cannot be read".to_owned()),
+                };
             }
             Marks::Missing | Marks::Whole => {}
         }
@@ -263,6 +270,12 @@ impl Sink for Secrets {
             Ok(None) | Err(Error::Foreign { .. }) => return Ok(()),
             Err(fault) => return Err(fault),
         };
+        match self.found(account, Stored::of(&object)?) {
+            // Pods may use it: they are not to lose it with a label of their namespace.
+            Found::Released(not_after) if clock::now() < not_after => return Err(Error::Changed),
+            Found::Foreign(_) => return Ok(()),
+            _ => {}
+        }
         match self.requests.delete(account, &object).await {
             Ok(()) | Err(Fault::NotFound) => Ok(()),
             Err(fault) => Err(fault.during("deleting its secret")),

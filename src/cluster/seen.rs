@@ -10,6 +10,8 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::core::selection;
+
 /// Something of the kind `K`.
 #[derive(Deserialize)]
 #[serde(from = "Wire", bound = "")]
@@ -24,6 +26,8 @@ pub(super) struct Seen<K> {
     pub(super) account: Option<String>,
     /// Of a pod: whether it has failed or succeeded, and so runs no longer.
     pub(super) ended: bool,
+    /// Of an account: what it says of being delivered to.
+    pub(super) deliver: Option<bool>,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -50,6 +54,7 @@ impl<K> Clone for Seen<K> {
             node: self.node.clone(),
             account: self.account.clone(),
             ended: self.ended,
+            deliver: self.deliver,
             kind: PhantomData,
         }
     }
@@ -113,6 +118,16 @@ struct Metadata {
     uid: Option<String>,
     resource_version: Option<String>,
     deletion_timestamp: Option<String>,
+    labels: Said,
+    annotations: Said,
+}
+
+/// Of labels or annotations what Mica reads.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Said {
+    #[serde(rename = "mica.dev/deliver")]
+    deliver: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -130,7 +145,8 @@ struct Status {
 
 impl<K> From<Wire> for Seen<K> {
     fn from(wire: Wire) -> Self {
-        let Metadata { namespace, name, uid, resource_version, deletion_timestamp } = wire.metadata;
+        let Metadata { namespace, name, uid, resource_version, deletion_timestamp, labels, annotations } =
+            wire.metadata;
         Self {
             metadata: ObjectMeta { namespace, name, uid, resource_version, ..ObjectMeta::default() },
             // One that cannot be read is long past.
@@ -139,6 +155,7 @@ impl<K> From<Wire> for Seen<K> {
             node: wire.spec.node_name,
             account: wire.spec.service_account_name,
             ended: matches!(wire.status.phase.as_deref(), Some("Failed" | "Succeeded")),
+            deliver: selection::deliver(labels.deliver.as_deref(), annotations.deliver.as_deref()),
             kind: PhantomData,
         }
     }

@@ -9,7 +9,7 @@ use super::istio_ca::IstioCa;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::DnsName;
-use crate::core::spiffe::{TrustDomain, is_namespace};
+use crate::core::spiffe::{TrustDomain, is_dns_subdomain, is_namespace};
 use crate::telemetry::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -53,6 +53,54 @@ pub struct Args {
         hide_env = true
     )]
     pub namespace: Option<String>,
+
+    /// Namespaces to watch, and no others [default: all]
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        requires = "kube",
+        value_parser = namespace,
+        env = "MICA_WATCH_NAMESPACES",
+        hide_env = true
+    )]
+    pub watch_namespaces: Vec<String>,
+
+    /// Whether namespaces are served that no label ca.istio.io/override or ca.istio.io/env says anything about
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        requires = "kube",
+        env = "MICA_NAMESPACES_BY_DEFAULT",
+        hide_env = true
+    )]
+    pub namespaces_by_default: bool,
+
+    /// ConfigMap to keep in each namespace that is served, with the roots as its root-cert.pem; none keeps none
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "istio-ca-root-cert",
+        value_parser = config_map,
+        requires = "kube",
+        env = "MICA_ROOT_CONFIG_MAP",
+        hide_env = true
+    )]
+    pub root_config_map: String,
+
+    /// Whether to keep the ClusterTrustBundle mica.dev:workload:<TRUST_DOMAIN> (certificates.k8s.io/v1)
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        requires = "kube",
+        env = "MICA_CLUSTER_TRUST_BUNDLE",
+        hide_env = true
+    )]
+    pub cluster_trust_bundle: bool,
 
     /// Folder for the authority's own state; made if missing, and held by one mica at a time
     #[arg(long, value_name = "DIR", default_value = "./.mica", env = "MICA_DATA_DIR", hide_env = true)]
@@ -233,14 +281,26 @@ impl Args {
             ("--secrets-owner", self.secrets_owner.is_some()),
             ("--secrets-group", self.secrets_group.is_some()),
         ];
-        match delivery.iter().find(|(_, given)| *given) {
-            Some((flag, _)) => {
-                Err(format!("{flag} is of no use with --kube, which delivers no files; leave it out"))
-            }
-            None => Ok(Origin::Cluster),
+        if let Some((flag, _)) = delivery.iter().find(|(_, given)| *given) {
+            return Err(format!("{flag} is of no use with --kube, which delivers no files; leave it out"));
         }
+        if self.cluster_trust_bundle && !self.trust_domain.is_dns_subdomain() {
+            return Err(format!(
+                "--trust-domain {} cannot be in the name of a ClusterTrustBundle, since it is no DNS subdomain: give another one, or --cluster-trust-bundle false",
+                self.trust_domain
+            ));
+        }
+        Ok(Origin::Cluster)
+    }
+
+    /// The name of the ConfigMap that the roots are distributed in, if they are.
+    pub fn root_config_map(&self) -> Option<&str> {
+        Some(self.root_config_map.as_str()).filter(|name| *name != NONE)
     }
 }
+
+/// In place of a name: there is to be none.
+const NONE: &str = "none";
 
 /// The kinds of keys that Mica makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -304,6 +364,14 @@ fn namespace(name: &str) -> Result<String, String> {
     } else {
         Err("no namespace can have this name: give 1 to 63 of a-z, 0-9 and -, with none of them - at an end"
             .to_owned())
+    }
+}
+
+fn config_map(name: &str) -> Result<String, String> {
+    match name {
+        "" => Ok(NONE.to_owned()),
+        name if is_dns_subdomain(name) => Ok(name.to_owned()),
+        _ => Err("no ConfigMap can have this name: give a DNS subdomain, or none".to_owned()),
     }
 }
 

@@ -79,6 +79,8 @@ pub enum Observed {
     Absent,
     /// Something is there that Mica did not write, and will not touch: why.
     Foreign(String),
+    /// Mica's own, of an account that is not served any more and may still use it until its leaf expires, then.
+    Released(OffsetDateTime),
     /// Mica's own, and not good: why.
     Bad(String),
     /// Good, and without the marks that Mica gives to its own: another CA's, which Mica takes over as it is.
@@ -148,6 +150,9 @@ pub fn step(desired: bool, settled: bool, observed: &Observed, now: OffsetDateTi
     match (desired || !settled, observed) {
         (_, Observed::Foreign(_)) | (false, Observed::Absent) => Step::Nothing,
         (true, Observed::Absent) if !desired => Step::Nothing,
+        // Whoever wants it again says so, and it is looked at again.
+        (true, Observed::Released(_)) => Step::Nothing,
+        (false, Observed::Released(not_after)) if now < *not_after => Step::Wait(*not_after),
         (false, _) => Step::Remove,
         (true, Observed::Absent) => Step::Deliver(Why::New),
         (true, Observed::Bad(fault)) => Step::Deliver(Why::Repair(fault.clone())),
@@ -205,6 +210,9 @@ mod tests {
             (true, true, Observed::Unmarked(theirs), Step::Mark(theirs)),
             (true, true, Observed::Unmarked(Good { renew_at: NOW, ..theirs }), Step::Deliver(Why::Renewal)),
             (false, true, Observed::Unmarked(theirs), Step::Remove),
+            (false, true, Observed::Released(NOW + HOUR), Step::Wait(NOW + HOUR)),
+            (false, true, Observed::Released(NOW), Step::Remove),
+            (true, true, Observed::Released(NOW + HOUR), Step::Nothing),
         ] {
             assert_eq!(
                 step(desired, settled, &observed, NOW, &policy()),

@@ -49,6 +49,21 @@ pub enum Choice {
 }
 
 impl Choice {
+    /// All that a namespace that is watched can get.
+    pub const WATCHED: [Self; 5] = [Self::Served, Self::Excluded, Self::Another, Self::Unasked, Self::Ending];
+
+    /// As metrics name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Served => "served",
+            Self::Unwatched => "unwatched",
+            Self::Excluded => "excluded",
+            Self::Another => "another",
+            Self::Unasked => "unasked",
+            Self::Ending => "ending",
+        }
+    }
+
     /// Whether the namespace gets the roots.
     pub fn is_served(self) -> bool {
         self == Self::Served

@@ -97,6 +97,11 @@ impl TrustDomain {
         &self.0
     }
 
+    /// Whether it can be a part of the name of an object of Kubernetes.
+    pub fn is_dns_subdomain(&self) -> bool {
+        is_dns_subdomain(&self.0)
+    }
+
     /// The SPIFFE ID of the trust domain itself, which is what a CA certificate carries (SPIFFE-ID 3.1).
     pub fn id(&self) -> SpiffeId {
         SpiffeId { text: format!("{SCHEME}{}", self.0).into(), trust_domain: self.clone() }
@@ -263,7 +268,7 @@ fn is_dns_part(part: &str) -> bool {
 }
 
 /// What the names of most Kubernetes objects are.
-pub(super) fn is_dns_subdomain(name: &str) -> bool {
+pub fn is_dns_subdomain(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_dns_part)
 }
 

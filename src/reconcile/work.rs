@@ -77,6 +77,7 @@ impl Judge {
         match found {
             Found::Absent => Observed::Absent,
             Found::Foreign(why) => Observed::Foreign(why),
+            Found::Released(not_after) => Observed::Released(not_after),
             Found::Damaged(fault) => Observed::Bad(fault),
             // A key that others could read is not worth keeping.
             Found::Set(found) if found.loose.is_some() => Observed::Bad(found.loose.unwrap_or_default()),

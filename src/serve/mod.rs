@@ -29,7 +29,6 @@ use tokio_rustls::server::TlsStream;
 use tonic::transport::Server;
 use tonic::transport::server;
 
-pub use codes::DOMAIN;
 pub use istio::wishes;
 pub use metrics::Metrics;
 pub use requests::{Ask, Requests, Wishes};

@@ -5,6 +5,8 @@ pub mod folder;
 use std::future::Future;
 use std::path::PathBuf;
 
+use time::OffsetDateTime;
+
 use crate::core::plan::CertificateSet;
 use crate::core::spiffe::ServiceAccount;
 use crate::sys::dir;
@@ -72,6 +74,8 @@ pub enum Found {
     Foreign(String),
     /// Ours, but not a whole readable set: what is wrong with it.
     Damaged(String),
+    /// Ours, of an account that lives and is not to be served any more: it is left until its leaf expires, then.
+    Released(OffsetDateTime),
     /// A whole set.
     Set(FoundSet),
 }

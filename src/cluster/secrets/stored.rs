@@ -11,6 +11,7 @@ use kube::Resource;
 use kube::core::ObjectMeta;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use zeroize::Zeroizing;
 
@@ -189,6 +190,13 @@ impl Stored {
 
     fn label(&self) -> Option<&str> {
         self.metadata.labels.as_ref()?.get(MANAGED_BY).map(String::as_str)
+    }
+
+    /// When its leaf expires, if it has one.
+    pub(super) fn not_after(&self) -> Option<OffsetDateTime> {
+        let set = self.set().ok()?;
+        let chain = Certificate::all_from_pem(set.chain_pem.as_bytes()).ok()?;
+        Some(chain.first()?.validity.not_after)
     }
 
     /// The set in it, or what is wrong with it.

@@ -11,7 +11,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::control_plane::{ControlPlane, ISSUER, TestNamespace, runtime};
-use super::knowledge::{permissions, permitted};
+use super::knowledge::{permissions, permit, permitted};
 use crate::serve::mtls::{ask, connect, csr, reason};
 use crate::serve::{Mica, Place, output_within, wait_for};
 
@@ -343,7 +343,7 @@ fn where_policy_wants_a_review_nobody_but_the_api_server_makes_a_token_good() {
     // Not being let ask is no verdict on the token.
     let mut rules = permissions();
     rules.as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["tokenreviews"]));
-    plane.allow("unheard", &rules);
+    permit(&plane, "unheard", &rules);
     let kubeconfig = plane.kubeconfig_of("unheard");
     let mica = place.start_command(command(&place, &plane).args(arguments).env("KUBECONFIG", kubeconfig));
     let client = Client::new(&mica, &place);
