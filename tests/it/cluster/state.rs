@@ -15,11 +15,11 @@ use mica::cluster::{ClusterStore, Events};
 use mica::core::certificate::Certificate;
 use mica::store::AuthorityStore as _;
 use mica::sys::dir::Dir;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::control_plane::{ControlPlane, HOME, free_port, runtime};
 use super::events::events_about;
-use super::knowledge::permitted;
+use super::knowledge::{permissions, permit, permitted};
 use super::served::{Client, command, command_at, start};
 use crate::parts;
 use crate::serve::{Mica, Place, output_within, page, wait_for};
@@ -522,9 +522,7 @@ fn a_missing_permission_is_named_and_waited_for() {
     assert_eq!(mica.wait().unwrap().code(), Some(0));
 
     let mut mica = begin();
-    let rules = |text: &str| -> Value { serde_saphyr::from_str(text).unwrap() };
-    plane.allow("nobody", &rules(mica::cluster::PERMISSIONS));
-    plane.allow_in(HOME, "nobody", &rules(mica::cluster::OWN_PERMISSIONS));
+    permit(&plane, "nobody", &permissions());
     wait_for(Duration::from_secs(15), "readiness", || (page(&address, "/readyz").0 == 200).then_some(()));
     assert!(Command::new("kill").arg(mica.id().to_string()).status().unwrap().success());
     assert_eq!(mica.wait().unwrap().code(), Some(0));
