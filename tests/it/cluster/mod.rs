@@ -11,6 +11,8 @@ mod secrets;
 mod served;
 mod sidecars;
 mod state;
+mod storm;
+mod weather;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
