@@ -20,7 +20,7 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, ClusterStore};
+use crate::cluster::{AsIstioCa, Cluster, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -32,7 +32,7 @@ use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
-use crate::store::{AuthorityStore, BroughtStore, OwnStore};
+use crate::store::{AuthorityStore, BroughtStore, OwnStore, Place};
 use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
@@ -112,11 +112,21 @@ async fn start(typed: Typed) -> Result<(), Error> {
             (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
         }
         Origin::Cluster => {
-            let mut cluster = Cluster::find().await.map_err(usage)?;
+            let named = args.istio_ca.as_ref().and_then(|ours| ours.kubeconfig.as_deref());
+            let found = match named {
+                Some(kubeconfig) => Cluster::named(kubeconfig).await,
+                None => Cluster::find().await,
+            };
+            let mut cluster = found.map_err(usage)?;
             if let Some(namespace) = &args.namespace {
                 cluster = cluster.within(namespace);
             }
-            (Subjects::Cluster(cluster), "--kube".to_owned())
+            // Of one alone nothing has to be known about the others, nor may be.
+            if let [only] = args.watch_namespaces.as_slice() {
+                cluster = cluster.only(only);
+            }
+            let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
+            (Subjects::Cluster { cluster, tellings }, "--kube".to_owned())
         }
     };
     let data = Dir::open_trusted(&args.data_dir, Some(0o700)).map_err(usage)?;
@@ -125,19 +135,30 @@ async fn start(typed: Typed) -> Result<(), Error> {
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
     Addresses::withdraw(&data).map_err(fault)?;
-    match (&args.authority, subjects.cluster()) {
-        (None, Some(cluster)) => {
-            let store = ClusterStore::new(cluster, data.try_clone().map_err(fault)?);
+    let istio_ca = args.istio_ca.as_deref();
+    let place = match istio_ca.and_then(|ours| ours.authority.clone()) {
+        Some(files) => Some(Place::Files(files)),
+        None => args.authority.clone().map(Place::Folder),
+    };
+    match (place, &subjects) {
+        (None, Subjects::Cluster { cluster, tellings }) => {
+            let mut store = ClusterStore::new(cluster, tellings.clone(), data.try_clone().map_err(fault)?);
+            if let Some(ours) = istio_ca {
+                store = store.as_istio_ca(AsIstioCa {
+                    organization: ours.organization.clone(),
+                    lifetime: ours.root_lifetime,
+                });
+            }
             run_with(typed, data, subjects, store, signals).await
         }
-        (None, None) => {
+        (None, Subjects::Folder { .. }) => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
             run_with(typed, data, subjects, store, signals).await
         }
-        (Some(folder), _) => {
+        (Some(place), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
-            let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
+            let store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
             run_with(typed, data, subjects, store, signals).await
         }
     }
@@ -150,11 +171,21 @@ async fn run_with(
     mut store: impl AuthorityStore + 'static,
     mut signals: Signals,
 ) -> Result<(), Error> {
-    let grpc = bind(args.grpc_address, "--grpc-address").await?;
-    let http = bind(args.http_address, "--http-address").await?;
+    let grpc = match args.istio_ca.as_ref().is_none_or(|ours| ours.grpc) {
+        true => Some(bind(args.grpc_address, "--grpc-address").await?),
+        false => None,
+    };
+    let (http, early) = twins(bind(args.http_address, "--http-address").await?).map_err(fault)?;
     // Before the sink, whose record shows that there was an authority.
-    let issuer =
-        store.load(&args.trust_domain).await.map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
+    let open_files = listen::raise_open_files();
+    let loaded = tokio::select! {
+        // What is there at once needs nobody who says that it is not.
+        biased;
+        loaded = store.load(&args.trust_domain) => loaded,
+        served = not_ready(early, open_files) => return served,
+        () = signals.next() => return Ok(()),
+    };
+    let issuer = loaded.map_err(|e| if e.is_usage() { usage(e) } else { fault(e) })?;
     let authority = Arc::new(Authority::new(args.trust_domain.clone(), issuer));
     let mut registry = Registry::default();
     authority.register(&mut registry);
@@ -213,14 +244,18 @@ async fn run_with(
     certificate.begin();
 
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    let watched = authority.clone();
+    tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
     let (said, taken) = (policy.clone(), tokens.clone());
     tasks.spawn(until(stopping(), async move { tokens::follow_policy(&said, &taken).await }));
     tasks.spawn(until(stopping(), async move { policy.follow().await }));
     tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
-    let addresses =
-        Addresses { grpc: grpc.local_addr().map_err(fault)?, http: http.local_addr().map_err(fault)? };
+    let addresses = Addresses {
+        grpc: grpc.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
+        http: http.local_addr().map_err(fault)?,
+    };
     // Clients may hang on for ever, as those do that watch the health.
     let cut_off = || {
         let stopping = stopping();
@@ -229,7 +264,6 @@ async fn run_with(
             tokio::time::sleep(HANG_UP).await;
         }
     };
-    let open_files = listen::raise_open_files();
     let (ends, cut, asked) = (stopping(), cut_off(), ready.clone());
     tasks.spawn(async move {
         tokio::select! {
@@ -238,12 +272,14 @@ async fn run_with(
         }
     });
     let (ends, cut) = (stopping(), cut_off());
-    tasks.spawn(async move {
+    if let Some(grpc) = grpc {
+        tasks.spawn(async move {
         tokio::select! {
             served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });
+    }
 
     let announced = async {
         let Ok(first) = first.await else { return std::future::pending().await };
@@ -304,7 +340,10 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
         };
         let now = clock::now();
         let refused = match issuer {
-            Ok(issuer) if issuer.is_same(&authority.issuer()) => continue,
+            Ok(issuer) if issuer.is_same(&authority.issuer()) => {
+                authority.metrics().reloaded();
+                continue;
+            }
             Ok(issuer) => match issuer.usable(now) {
                 // One that issues is not given up for one that does not.
                 Err(fault) if authority.issuer().usable(now).is_ok() => {
@@ -316,6 +355,7 @@ async fn follow(mut store: impl AuthorityStore, authority: Arc<Authority>, event
                     let serial = issuer.certificate().serial_text();
                     tracing::info!(%serial, "the authority has a new issuer below the same root");
                     authority.replace(issuer);
+                    authority.metrics().reloaded();
                     if events.send(Event::Issuer).await.is_err() {
                         return;
                     }
@@ -336,6 +376,19 @@ pub(super) fn stopping(stopped: &watch::Receiver<bool>) -> impl Future<Output = 
         // An error means that the sender is gone, which is an end too.
         let _ = stopped.wait_for(|stop| *stop).await;
     }
+}
+
+/// Lives, and says so, while the store waits for what it needs.
+async fn not_ready(http: TcpListener, open_files: usize) -> Result<(), Error> {
+    let ready: admin::Ready =
+        Arc::new(|| Err("the authority is not loaded yet; the log says why".to_owned()));
+    admin::serve(http, open_files, Arc::default(), ready, std::future::pending()).await.map_err(fault)
+}
+
+/// The same twice, of which one can be given up without the other.
+fn twins(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
+    let listener = listener.into_std()?;
+    Ok((TcpListener::from_std(listener.try_clone()?)?, TcpListener::from_std(listener)?))
 }
 
 async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {

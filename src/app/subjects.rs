@@ -27,7 +27,6 @@ use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
 use crate::source::folder::FolderSource;
-use crate::sys;
 use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
@@ -38,7 +37,7 @@ pub(super) enum Subjects {
     /// The accounts of a folder of manifests.
     Folder { source: Box<FolderSource>, secrets: PathBuf },
     /// The accounts of a cluster.
-    Cluster(Cluster),
+    Cluster { cluster: Cluster, tellings: Arc<Events> },
 }
 
 /// Subjects that are being followed.
@@ -68,7 +67,7 @@ impl Subjects {
     pub(super) fn cluster(&self) -> Option<&Cluster> {
         match self {
             Self::Folder { .. } => None,
-            Self::Cluster(cluster) => Some(cluster),
+            Self::Cluster { cluster, .. } => Some(cluster),
         }
     }
 
@@ -88,8 +87,8 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster(cluster) => {
-                Ok(follow_cluster(args, cluster, tokens, authority, registry, stopped, tasks))
+            Self::Cluster { cluster, tellings } => {
+                Ok(follow_cluster(args, cluster, tellings, tokens, authority, registry, stopped, tasks))
             }
         }
     }
@@ -147,29 +146,36 @@ fn follow_folder(
     Ok(Followed { liveness, nodes: None, first, reported, events })
 }
 
+#[expect(clippy::too_many_arguments, reason = "called once, from above")]
 fn follow_cluster(
     args: &Args,
     cluster: Cluster,
+    tellings: Arc<Events>,
     tokens: &Arc<Tokens>,
     authority: &Arc<Authority>,
     registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
-    let objects = Arc::new(Objects::new(&cluster));
+    // Whoever has istio-ca's rights may neither follow pods nor post Events nor hold a Lease.
+    let is_istio_ca = args.istio_ca.is_some();
+    let objects = Objects::new(&cluster);
+    let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
-    let election = Election::new(&cluster);
-    election.register(registry);
-    let leadership = election.leadership();
-    let stop = stopping(stopped);
-    tasks.spawn(async move {
-        election.run(stop).await;
-        Ok(())
-    });
-    let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
+    let leadership = if is_istio_ca {
+        Leadership::always()
+    } else {
+        let election = Election::new(&cluster, tellings.clone());
+        election.register(registry);
+        let leadership = election.leadership();
+        let stop = stopping(stopped);
+        tasks.spawn(async move {
+            election.run(stop).await;
+            Ok(())
+        });
+        leadership
+    };
     tellings.register(registry);
-    let posted = tellings.clone();
-    tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
     let own = cluster.namespace().to_owned();
     let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
     let rules = Rules {
@@ -177,21 +183,32 @@ fn follow_cluster(
         by_default: args.namespaces_by_default,
         own: own.clone(),
     };
-    let namespaces = Arc::new(Namespaces::new(&cluster, rules));
+    let namespaces = Namespaces::new(&cluster, rules);
+    let namespaces = Arc::new(if is_istio_ca { namespaces.without_labels() } else { namespaces });
     namespaces.register(registry);
-    let chosen = namespaces.clone();
-    tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
-    let options = RootsOptions {
-        config_map: args.root_config_map().map(str::to_owned),
-        trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
-        own,
-    };
-    let door = authority.clone();
-    let current = Box::new(move || door.issuer().bundle().clone());
-    let roots =
-        Arc::new(Roots::new(&cluster, options, current, namespaces.clone(), leadership.clone(), tellings));
-    roots.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    if !is_istio_ca {
+        let posted = tellings.clone();
+        tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+        let chosen = namespaces.clone();
+        tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+        let options = RootsOptions {
+            config_map: args.root_config_map().map(str::to_owned),
+            trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+            own,
+        };
+        let door = authority.clone();
+        let current = Box::new(move || door.issuer().bundle().clone());
+        let roots = Arc::new(Roots::new(
+            &cluster,
+            options,
+            current,
+            namespaces.clone(),
+            leadership.clone(),
+            tellings,
+        ));
+        roots.register(registry);
+        tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    }
     let metrics = reconcile::Metrics::default();
     metrics.register(registry);
     let (events, inbox) = mpsc::channel(EVENTS);

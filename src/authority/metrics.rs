@@ -6,7 +6,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
@@ -32,6 +32,7 @@ pub struct Metrics {
     all_issued: Unsuffixed,
     all_failed: Unsuffixed,
     reload_failures: Counter,
+    stale: Gauge,
 }
 
 impl Metrics {
@@ -49,6 +50,12 @@ impl Metrics {
     /// Counts an authority that was brought anew and could not be taken.
     pub fn reload_failed(&self) {
         self.reload_failures.inc();
+        self.stale.set(1);
+    }
+
+    /// Takes that the store has what is in use.
+    pub fn reloaded(&self) {
+        self.stale.set(0);
     }
 }
 
@@ -70,6 +77,11 @@ impl Authority {
             "mica_authority_reload_failures",
             "Changes of the brought authority that were not taken",
             metrics.reload_failures.clone(),
+        );
+        registry.register(
+            "mica_authority_stale",
+            "1 while what is in use is not what is kept, since that cannot be used, else 0",
+            metrics.stale.clone(),
         );
         registry.register(
             "citadel_server_success_cert_issuance_count",
@@ -99,6 +111,14 @@ impl Collector for Expiry {
         let issuer = self.0.issuer();
         let now = clock::now();
         let roots = issuer.bundle().roots().iter().map(|root| root.validity.not_after).min();
+        let ending = ConstGauge::new(u64::from(issuer.is_ending(now)));
+        let help = "1 while less than a fifth of the issuer's time, and less than 30 days, are left, else 0";
+        ending.encode(encoder.encode_descriptor(
+            "mica_authority_ending",
+            help,
+            None,
+            ending.metric_type(),
+        )?)?;
         let left = |at: OffsetDateTime| (at - now).whole_seconds();
         for (prefix, what, not_after) in [
             ("citadel_server_root_cert_expiry", "first root to expire", roots.unwrap_or(now)),

@@ -4,16 +4,23 @@ mod metrics;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::time::Instant;
 
 pub use metrics::Metrics;
 
 use crate::core::issuer::{self, Issued, Issuer, Order};
 use crate::core::spiffe::TrustDomain;
-use crate::sys::keys;
+use crate::sys::{clock, keys};
+
+/// Whether the issuer is about to end is looked at this often,
+const LOOK: Duration = Duration::from_secs(60);
+/// and said this often.
+const REMINDER: Duration = Duration::from_secs(60 * 60);
 
 /// Why nothing was issued.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -117,6 +124,24 @@ impl Authority {
     /// Takes another issuer below the same roots. Nothing that was issued is touched: it stays valid.
     pub fn replace(&self, issuer: Issuer) {
         self.issuer.store(Arc::new(issuer));
+    }
+
+    /// Says again and again that the issuer is about to end, for ever.
+    pub async fn watch_over(&self) {
+        let mut said: Option<Instant> = None;
+        loop {
+            let (issuer, now) = (self.issuer(), clock::now());
+            let ends = issuer.window().not_after;
+            if !issuer.is_ending(now) {
+                said = None;
+            } else if said.is_none_or(|said| said.elapsed() >= REMINDER) {
+                said = Some(Instant::now());
+                let not_after = ends.format(&Rfc3339).unwrap_or_default();
+                let hours_left = (ends - now).whole_hours();
+                tracing::error!(not_after, hours_left, "the authority ends soon: nothing can be issued then");
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Its trust domain.

@@ -24,6 +24,7 @@ use tonic::{Code, Status};
 
 use crate::core::bundle::TrustBundle;
 use crate::core::lifetime::Lifetime;
+use crate::core::refusal::DOMAIN;
 use crate::core::spiffe::SpiffeId;
 use crate::proto::google::rpc;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
@@ -36,8 +37,7 @@ use dial::Dial;
 
 /// A server that takes longer to answer is not waited for. Mica itself gives up a little earlier.
 const ANSWER: Duration = Duration::from_secs(35);
-/// Of Mica's error details.
-const DOMAIN: &str = "mica.dev";
+/// Of error details.
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
 /// Bound tokens of Kubernetes have about a thousand bytes; Mica's port takes headers up to 16 KiB.
 const MAX_TOKEN: u64 = 12 * 1024;

@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
 use kube::core::Request;
 use kube::core::params::{GetParams, PostParams};
@@ -17,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::call::{Call, Fault, call, jittered};
+use super::events::{EventReason, Events, Severity};
 use super::{Cluster, MANAGER, PATIENCE};
 use crate::core::election::{Candidate, Record, Step};
 use crate::sys::{self, clock, keys};
@@ -25,12 +28,12 @@ use crate::sys::{self, clock, keys};
 const LEASE: &str = "mica";
 /// For how long it is good after each write.
 const LASTS: Duration = Duration::from_secs(15);
-/// It is written, or looked at, about this often.
+/// It is written about this often.
 const TURN: Duration = Duration::from_secs(2);
-/// And again about this soon after a failure.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Another's is looked at about this often, and one's own written again about this soon after a failure.
+const LOOK: Duration = Duration::from_secs(1);
 /// Another's is respected about so much longer, and those who wait do not come all at once.
-const MARGIN: Duration = Duration::from_secs(1);
+const MARGIN: Duration = Duration::from_millis(500);
 
 /// Whether this replica may write into the cluster, and until when. Clones share one answer.
 ///
@@ -82,11 +85,12 @@ pub struct Election {
     until: watch::Sender<Option<Instant>>,
     /// What was last said to be wrong.
     fault: Option<String>,
+    tellings: Arc<Events>,
 }
 
 impl Election {
     /// Takes part from [`Election::run`] on.
-    pub fn new(cluster: &Cluster) -> Self {
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>) -> Self {
         let suffix: u64 = keys::random_bytes().map_or(0, u64::from_le_bytes);
         let name = format!("{}_{suffix:016x}", sys::host_name());
         Self {
@@ -97,6 +101,7 @@ impl Election {
             begun: Instant::now(),
             until: watch::Sender::new(None),
             fault: None,
+            tellings,
         }
     }
 
@@ -138,7 +143,13 @@ impl Election {
                 self.fault = None;
             }
             self.publish(now);
-            tokio::time::sleep(jittered(if turned.is_ok() { TURN } else { AGAIN })).await;
+            let pause = match self.candidate.step(now) {
+                Step::Renew if turned.is_ok() => jittered(TURN),
+                // To be there when it ends.
+                Step::Wait => jittered(LOOK).min(self.candidate.patience(now)),
+                _ => jittered(LOOK),
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 
@@ -151,7 +162,11 @@ impl Election {
         let before = self.until.send_replace(until);
         let holder = self.candidate.name();
         match (before, until) {
-            (None, Some(_)) => tracing::info!(holder, "this replica writes into the cluster"),
+            (None, Some(_)) => {
+                tracing::info!(holder, "this replica writes into the cluster");
+                let note = format!("{holder} writes into the cluster from now on");
+                self.tellings.tell(&self.reference(), Severity::Normal, EventReason::LeaderElected, note);
+            }
             (Some(_), None) => tracing::warn!(holder, "this replica writes into the cluster no longer"),
             _ => {}
         }
@@ -243,6 +258,18 @@ impl Election {
         match self.write("update", &lease).await {
             Ok(_) => tracing::info!("the lease was given back"),
             Err(fault) => tracing::warn!(%fault, "the lease cannot be given back; it ends by itself"),
+        }
+    }
+
+    fn reference(&self) -> ObjectReference {
+        let uid = self.lease.as_ref().and_then(|lease| lease["metadata"]["uid"].as_str());
+        ObjectReference {
+            api_version: Some("coordination.k8s.io/v1".to_owned()),
+            kind: Some("Lease".to_owned()),
+            name: Some(LEASE.to_owned()),
+            namespace: Some(self.namespace.clone()),
+            uid: uid.map(str::to_owned),
+            ..ObjectReference::default()
         }
     }
 

@@ -38,7 +38,7 @@ pub enum Error {
     /// RFC 5280 4.1.2.4: an issuer has a name.
     #[error("the CA's certificate has an empty subject, so nothing can name it as its issuer")]
     NoSubject,
-    /// RFC 5280 4.2.1.2: a CA has a subject key identifier, by which its leaves find it.
+    /// RFC 5280 4.2.1.2: a CA has a subject key identifier, by which its leaves find it. Only a root may do without.
     #[error("the CA's certificate has no subject key identifier; have it issued anew with one")]
     NoKeyIdentifier,
     /// The CA belongs to another trust domain.
@@ -182,7 +182,12 @@ impl Issuer {
         if certificate.subject == certificate::EMPTY_NAME {
             return Err(Error::NoSubject);
         }
-        let authority_identifier = certificate.key_identifier.clone().ok_or(Error::NoKeyIdentifier)?;
+        let authority_identifier = match &certificate.key_identifier {
+            Some(identifier) => identifier.clone(),
+            // As Istio's roots were until 2020. Who reads an identifier finds none to compare it with.
+            None if certificate.is_self_issued() => key.public().identifier().to_vec(),
+            None => return Err(Error::NoKeyIdentifier),
+        };
         let mut issuer = Self {
             key,
             authority_identifier,
@@ -273,6 +278,12 @@ impl Issuer {
         } else {
             Err(Error::Expired(self.window.not_after))
         }
+    }
+
+    /// Whether so little of its time is left that somebody should act: a fifth, or 30 days where that is less.
+    pub fn is_ending(&self, now: OffsetDateTime) -> bool {
+        let life: time::Duration = self.window.not_after - self.window.not_before;
+        self.window.not_after - now < (life / 5_i32).min(time::Duration::days(30))
     }
 
     fn mint(&self, order: &Order<'_>, validity: Validity, serial: SerialNumber) -> Result<Issued, Error> {

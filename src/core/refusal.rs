@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+/// Whose names the reasons are.
+pub const DOMAIN: &str = "mica.dev";
+
 /// What a caller is told, and what only the log is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
@@ -52,7 +55,7 @@ pub enum Code {
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $variant:ident, $name:literal, $code:ident;)+) => {
-        /// A stable reason, sent as `reason` of `google.rpc.ErrorInfo` in the domain `mica.dev`.
+        /// A stable reason, sent as `reason` of `google.rpc.ErrorInfo` in the domain [`DOMAIN`].
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Reason {
             $($(#[doc = $doc])+ $variant,)+

@@ -126,8 +126,6 @@ mod tests {
     const ISTIOD: Found<'_> = Found::Foreign("pilot-discovery");
     const PERSON: Found<'_> = Found::Foreign("kubectl-edit");
 
-    type Case<'a> = (&'a str, &'a [(u64, Found<'a>)], &'a [Step]);
-
     /// What is done about what is found, each a second after the one before unless another time is given.
     fn steps(found: &[(u64, Found<'_>)]) -> Vec<Step> {
         let mut history = History::default();
@@ -138,6 +136,7 @@ mod tests {
     fn what_to_do_follows_from_what_was_done() {
         use Step::{GiveUp, Leave, Write};
         let other = Found::Foreign("mica of mica-two");
+        type Case<'a> = (&'a str, &'a [(u64, Found<'a>)], &'a [Step]);
         let cases: &[Case<'_>] = &[
             ("it is not there yet", &[(0, Found::Never), (1, Found::AsWanted)], &[Write, Leave]),
             ("the roots have changed", &[(0, Found::Outdated), (5, Found::Outdated)], &[Write, Write]),

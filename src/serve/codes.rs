@@ -5,11 +5,9 @@ use prost::bytes::Bytes;
 use prost_types::Any;
 use tonic::Status;
 
-use crate::core::refusal::{Code, Refusal};
+use crate::core::refusal::{Code, DOMAIN, Refusal};
 use crate::proto::google::rpc::{self, ErrorInfo};
 
-/// Whose names the reasons are.
-pub const DOMAIN: &str = "mica.dev";
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
 /// Sentences quote what was sent; headers have an end.
 const LONGEST_SENTENCE: usize = 1_024;

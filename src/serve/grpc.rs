@@ -12,6 +12,9 @@ use tonic::codegen::http::header::{ALLOW, CONTENT_TYPE};
 use tonic::codegen::http::{HeaderValue, Method, Request, Response, StatusCode};
 use tonic::server::NamedService;
 
+/// Agents send ten. On the wire one more can be a byte, while it is kept it is a hundred.
+const MOST_HEADERS: usize = 64;
+
 /// A service that hears nothing but gRPC.
 #[derive(Clone, Debug)]
 pub(super) struct GrpcOnly<S>(pub(super) S);
@@ -43,6 +46,10 @@ where
 
 fn refused<B>(request: &Request<B>) -> Option<Response<Body>> {
     let mut response = Response::new(Body::empty());
+    if request.headers().len() > MOST_HEADERS {
+        *response.status_mut() = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        return Some(response);
+    }
     if request.method() != Method::POST {
         *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
@@ -102,5 +109,6 @@ mod tests {
         }
         assert_eq!(status(Method::POST, &[]), Some(415));
         assert_eq!(status(Method::POST, &["application/grpc", "text/plain"]), Some(415));
+        assert_eq!(status(Method::POST, &["application/grpc"; MOST_HEADERS + 1]), Some(431));
     }
 }

@@ -29,10 +29,15 @@ pub(super) fn permitted(plane: &ControlPlane) -> Cluster {
     static ONCE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one_at_a_time = ONCE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if !plane.knows("mica") {
-        plane.allow("mica", &permissions());
-        plane.allow_in(HOME, "mica", &serde_saphyr::from_str(OWN_PERMISSIONS).unwrap());
+        permit(plane, "mica", &permissions());
     }
     cluster(plane, "mica")
+}
+
+/// Lets a user do this in the cluster, and in Mica's own namespace what Mica does there.
+pub(super) fn permit(plane: &ControlPlane, user: &str, rules: &Value) {
+    plane.allow(user, rules);
+    plane.allow_in(HOME, user, &serde_saphyr::from_str(OWN_PERMISSIONS).unwrap());
 }
 
 pub(super) fn permissions() -> Value {

@@ -11,16 +11,21 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::control_plane::{ControlPlane, ISSUER, TestNamespace, runtime};
-use super::knowledge::{permissions, permitted};
+use super::knowledge::{permissions, permit, permitted};
 use crate::serve::mtls::{ask, connect, csr, reason};
 use crate::serve::{Mica, Place, output_within, wait_for};
 
 /// `mica serve --kube` as its users start it, with the permissions that the documents list.
 pub(super) fn command(place: &Place, plane: &ControlPlane) -> Command {
+    command_at(place, plane, "127.0.0.1:0")
+}
+
+/// The same, with its HTTP port at an address.
+pub(super) fn command_at(place: &Place, plane: &ControlPlane, http: &str) -> Command {
     permitted(plane);
     let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
     command.args(["serve", "--kube", "--data-dir"]).arg(place.data());
-    command.args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]);
+    command.args(["--grpc-address", "127.0.0.1:0", "--http-address", http]);
     command.env("KUBECONFIG", plane.kubeconfig_of("mica")).stdin(Stdio::null());
     command
 }
@@ -57,7 +62,7 @@ impl Client {
     }
 
     /// That of the certificate that a token gets for another one.
-    fn impersonated(&self, token: &str, wanted: &str) -> Result<String, Status> {
+    pub(super) fn impersonated(&self, token: &str, wanted: &str) -> Result<String, Status> {
         self.ask(Some(token), Some(wanted))
     }
 
@@ -68,6 +73,18 @@ impl Client {
     }
 
     fn ask(&self, token: Option<&str>, wanted: Option<&str>) -> Result<String, Status> {
+        let chain = self.answer(token, wanted)?;
+        let leaf = Certificate::all_from_pem(chain[0].as_bytes()).unwrap().remove(0);
+        assert_eq!(leaf.uris.len(), 1);
+        Ok(leaf.uris[0].clone())
+    }
+
+    /// The leaf, and all above it, that a token gets, PEM.
+    pub(super) fn pem(&self, token: &str) -> Result<Vec<String>, Status> {
+        self.answer(Some(token), None)
+    }
+
+    fn answer(&self, token: Option<&str>, wanted: Option<&str>) -> Result<Vec<String>, Status> {
         let mut asked = ask(csr("spiffe://cluster.local/ns/some/sa/body"));
         asked.metadata = wanted.map(|wanted| {
             let kind = Some(prost_types::value::Kind::StringValue(wanted.to_owned()));
@@ -79,10 +96,7 @@ impl Client {
             request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
         }
         let mut client = IstioCertificateServiceClient::new(self.0.clone());
-        let answer = runtime().block_on(client.create_certificate(request))?.into_inner();
-        let leaf = Certificate::all_from_pem(answer.cert_chain[0].as_bytes()).unwrap().remove(0);
-        assert_eq!(leaf.uris.len(), 1);
-        Ok(leaf.uris[0].clone())
+        Ok(runtime().block_on(client.create_certificate(request))?.into_inner().cert_chain)
     }
 
     /// The code and the reason of a refusal.
@@ -329,7 +343,7 @@ fn where_policy_wants_a_review_nobody_but_the_api_server_makes_a_token_good() {
     // Not being let ask is no verdict on the token.
     let mut rules = permissions();
     rules.as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["tokenreviews"]));
-    plane.allow("unheard", &rules);
+    permit(&plane, "unheard", &rules);
     let kubeconfig = plane.kubeconfig_of("unheard");
     let mica = place.start_command(command(&place, &plane).args(arguments).env("KUBECONFIG", kubeconfig));
     let client = Client::new(&mica, &place);

@@ -78,6 +78,7 @@ pub(super) const ROWS: &[Row] = &[
     ("a query behind the method, which counts for nothing", |s| path(s, &format!("{PATH}?identity=db")), Own(WEB)),
     ("a path of 60 kB", |s| path(s, &format!("/{}", "a".repeat(60_000))), Http(431)),
     ("a header of 1 MB", |s| call(s, |c| c.header("x-large", &"a".repeat(1_000_000))), Cut),
+    ("100 headers", |s| call(s, |c| (0..100).for_each(|_| c.header("x-many", "x"))), Http(431)),
     ("10,000 headers", |s| call(s, |c| (0..10_000).for_each(|_| c.header("x-many", "x"))), Cut),
     ("a method without its first slash", |s| frames(s, &headers(&PATH[1..])), Cut),
     ("no method", |s| frames(s, &headers("")), Cut),

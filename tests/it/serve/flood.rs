@@ -293,6 +293,30 @@ async fn what_is_not_taken_or_not_ended_has_its_time() {
     victim.stands().await;
 }
 
+/// HPACK says in one byte what takes a hundred to remember.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_that_are_small_on_the_wire_are_not_large_in_memory() {
+    let victim = Victim::new().await;
+    // Put into the table of headers once, and from then on one byte each.
+    let learnt = [header(), vec![0x40, 1, b'x', 0]].concat();
+    let many = [header(), vec![0x80 | 62; 450]].concat();
+    let mut held = Vec::new();
+    for _ in 0..40 {
+        let mut stream = victim.dial().await;
+        hello(&mut stream).await;
+        let mut frames = frame(HEADERS, END_HEADERS, 1, &learnt);
+        for n in 1..128 {
+            frames.extend(frame(HEADERS, END_HEADERS, 2 * n + 1, &many));
+        }
+        stream.write_all(&frames).await.unwrap();
+        stream.flush().await.unwrap();
+        held.push(stream);
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    victim.stands().await;
+    drop(held);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_thousand_at_once_are_answered_or_told_to_come_again() {
     let victim = Victim::new().await;
