@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::certificates::v1::ClusterTrustBundle;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
-use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt as _};
 use mica::cluster::{Events, Leadership, Namespaces, Roots, RootsOptions};
 use mica::core::bundle::TrustBundle;
 use mica::core::selection::Rules;
@@ -206,8 +206,9 @@ fn a_living_istiod_is_not_fought() {
     let [shop, bank] = [plane.namespace(), plane.namespace()];
     let mica = start(&place, &plane, &[]);
     let roots = std::fs::read_to_string(place.data().join("root-cert.pem")).unwrap();
-    for namespace in [&shop, &bank] {
-        Maps::of(&plane, &namespace.name, NAME).wait(&roots);
+    let namespaces: Api<Namespace> = Api::all(plane.client());
+    for namespace in runtime().block_on(namespaces.list(&ListParams::default())).unwrap() {
+        Maps::of(&plane, &namespace.name_any(), NAME).wait(&roots);
     }
     let before = written(&mica, "configmap");
     let rival = Rival::start(&plane, &shop.name);
@@ -382,7 +383,7 @@ fn nothing_is_written_that_is_not_asked_for_and_names_have_to_be_possible() {
     let mica = start(&place, &plane, &flags);
     std::thread::sleep(Duration::from_secs(2));
     assert!(Maps::of(&plane, &shop.name, NAME).get().is_none());
-    assert!(runtime().block_on(bundles(&plane).list(&Default::default())).unwrap().items.is_empty());
+    assert!(runtime().block_on(bundles(&plane).list(&ListParams::default())).unwrap().items.is_empty());
     assert_eq!(written(&mica, "configmap") + written(&mica, "clustertrustbundle"), 0.0);
     mica.stop();
 }
