@@ -10,9 +10,9 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kube::Api;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::Api;
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_stream::{Stream, StreamExt as _};
