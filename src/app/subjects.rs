@@ -163,19 +163,26 @@ fn follow_cluster(
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
-    let objects = Arc::new(Objects::new(&cluster));
+    // Whoever has istio-ca's rights may neither follow pods nor post Events nor hold a Lease.
+    let is_istio_ca = args.istio_ca.is_some();
+    let objects = Objects::new(&cluster);
+    let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
-    let election = Election::new(&cluster, tellings.clone());
-    election.register(registry);
-    let mut leadership = election.leadership();
-    let stop = stopping(stopped);
-    tasks.spawn(async move {
-        election.run(stop).await;
-        Ok(())
-    });
+    let mut leadership = if is_istio_ca {
+        Leadership::always()
+    } else {
+        let election = Election::new(&cluster, tellings.clone());
+        election.register(registry);
+        let leadership = election.leadership();
+        let stop = stopping(stopped);
+        tasks.spawn(async move {
+            election.run(stop).await;
+            Ok(())
+        });
+        leadership
+    };
     tellings.register(registry);
-    let (posted, delivered) = (tellings.clone(), tellings.clone());
-    tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+    let delivered = tellings.clone();
     let own = cluster.namespace().to_owned();
     let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
     let rules = Rules {
@@ -183,21 +190,32 @@ fn follow_cluster(
         by_default: args.namespaces_by_default,
         own: own.clone(),
     };
-    let namespaces = Arc::new(Namespaces::new(&cluster, rules));
+    let namespaces = Namespaces::new(&cluster, rules);
+    let namespaces = Arc::new(if is_istio_ca { namespaces.without_labels() } else { namespaces });
     namespaces.register(registry);
-    let chosen = namespaces.clone();
-    tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
-    let options = RootsOptions {
-        config_map: args.root_config_map().map(str::to_owned),
-        trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
-        own,
-    };
-    let door = authority.clone();
-    let current = Box::new(move || door.issuer().bundle().clone());
-    let roots =
-        Arc::new(Roots::new(&cluster, options, current, namespaces.clone(), leadership.clone(), tellings));
-    roots.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    if !is_istio_ca {
+        let posted = tellings.clone();
+        tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+        let chosen = namespaces.clone();
+        tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+        let options = RootsOptions {
+            config_map: args.root_config_map().map(str::to_owned),
+            trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+            own,
+        };
+        let door = authority.clone();
+        let current = Box::new(move || door.issuer().bundle().clone());
+        let roots = Arc::new(Roots::new(
+            &cluster,
+            options,
+            current,
+            namespaces.clone(),
+            leadership.clone(),
+            tellings,
+        ));
+        roots.register(registry);
+        tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    }
     let metrics = reconcile::Metrics::default();
     metrics.register(registry);
     let (events, inbox) = mpsc::channel(EVENTS);

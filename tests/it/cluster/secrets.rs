@@ -405,7 +405,7 @@ fn what_an_account_asks_for_counts_within_what_policy_grants() {
     let serial = secrets.serial("none").unwrap();
     runtime().block_on(accounts.patch("none", &PatchParams::default(), &Patch::Merge(&patch))).unwrap();
     secrets.wait_for_another("none", &serial, PROMPT);
-    assert_eq!(leaf("none").dns, [granted.clone()]);
+    assert_eq!(leaf("none").dns, std::slice::from_ref(&granted));
 
     // And one that policy grants later, too.
     let serial = secrets.serial("more").unwrap();
