@@ -107,7 +107,9 @@ impl Secrets {
             Marks::Whole if is_given_up => {
                 return match stored.not_after() {
                     Some(not_after) => Found::Released(not_after),
-                    None => Found::Foreign("its account is served no longer, and it cannot be read".to_owned()),
+                    None => {
+                        Found::Foreign("its account is served no longer, and it cannot be read".to_owned())
+                    }
                 };
             }
             Marks::Missing | Marks::Whole => {}
