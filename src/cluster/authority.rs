@@ -24,6 +24,8 @@ use super::{Cluster, MANAGER};
 use crate::core::authority_files::{self, CA_CERT, CA_KEY, CERT_CHAIN};
 use crate::core::bundle::TrustBundle;
 use crate::core::issuer::Issuer;
+use crate::core::lifetime::Lifetime;
+use crate::core::profile::Organization;
 use crate::core::spiffe::TrustDomain;
 use crate::store::{self, AuthorityStore, MAX_FILE, Made, ROOTS, fingerprints};
 use crate::sys::dir::{Access, Dir};
@@ -44,6 +46,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What no watch tells of is looked for this often.
 const LOOK: Duration = Duration::from_secs(30);
+/// Secrets are often replaced by deleting and creating them; one that comes again so soon was never gone.
+const SETTLE: Duration = Duration::from_secs(3);
 
 /// Why the cluster's authority is not used. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +158,17 @@ pub struct ClusterStore {
     tellings: Arc<Events>,
     watching: Watching,
     next_look: Instant,
+    /// Since when a secret that was there is not.
+    missing: Option<Instant>,
+}
+
+/// How istio-ca 0.2.10 kept its authority: in `istio-ca-secret` alone, within rights that know no ConfigMaps.
+#[derive(Clone, Debug)]
+pub struct AsIstioCa {
+    /// Of a root that is made.
+    pub organization: Organization,
+    /// Of a root that is made.
+    pub lifetime: Lifetime,
 }
 
 /// What is kept, where, and what is known of it.
@@ -165,15 +180,19 @@ struct Kept {
     known: Option<TrustBundle>,
     /// The versions of what was last loaded.
     seen: Option<Versions>,
+    /// The only namespace beside that one which may be read.
+    only: Option<Arc<str>>,
+    as_istio_ca: Option<AsIstioCa>,
 }
 
 impl ClusterStore {
     /// Takes the data folder, whose lock the caller holds.
     pub fn new(cluster: &Cluster, tellings: Arc<Events>, data: Dir) -> Self {
         let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
+        let only = cluster.only.clone();
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
-        let kept = Kept { client, namespace, data, known: None, seen: None };
-        Self { kept, tellings, watching, next_look: Instant::now() + LOOK }
+        let kept = Kept { client, namespace, data, only, known: None, seen: None, as_istio_ca: None };
+        Self { kept, tellings, watching, next_look: Instant::now() + LOOK, missing: None }
     }
 
     /// Tells of it beside the secret. What ends a start ends it before anything could be posted.
@@ -187,6 +206,12 @@ impl ClusterStore {
             ..ObjectReference::default()
         };
         self.tellings.tell(&secret, Severity::Warning, EventReason::AuthorityUnusable, error.to_string());
+    }
+
+    /// Keeps it as istio-ca did.
+    pub fn as_istio_ca(mut self, how: AsIstioCa) -> Self {
+        self.kept.as_istio_ca = Some(how);
+        self
     }
 }
 
@@ -204,7 +229,7 @@ impl Kept {
             if let Some((name, secret)) = looked.secret() {
                 let issuer = self.read(name, secret, trust_domain)?;
                 self.check(name, &issuer, marked.as_ref())?;
-                if marked.is_none() {
+                if marked.is_none() && self.as_istio_ca.is_none() {
                     self.mark(issuer.bundle()).await?;
                 }
                 self.publish(issuer.bundle())?;
@@ -225,7 +250,16 @@ impl Kept {
         }
     }
 
+    /// Whether a secret that was there is not.
+    fn misses_one(&self, looked: &Looked) -> bool {
+        let [brought, own, _] = self.seen.clone().unwrap_or_default();
+        brought.is_some() && looked.brought.is_none() || own.is_some() && looked.own.is_none()
+    }
+
     async fn look(&self) -> Result<Looked, Fault> {
+        if self.as_istio_ca.is_some() {
+            return Ok(Looked { brought: None, own: self.get("secrets", OWN).await?, marker: None });
+        }
         Ok(Looked {
             brought: self.get("secrets", BROUGHT).await?,
             own: self.get("secrets", OWN).await?,
@@ -298,7 +332,10 @@ impl Kept {
 
     /// Makes a root and keeps it in the cluster, unless somebody else has done so meanwhile.
     async fn make(&self, trust_domain: &TrustDomain) -> Result<(), Failure> {
-        let Made { key, root_pem, .. } = Made::new(trust_domain)?;
+        let Made { key, root_pem, .. } = match &self.as_istio_ca {
+            Some(how) => Made::of(trust_domain, &how.organization, how.lifetime)?,
+            None => Made::new(trust_domain)?,
+        };
         let secret = json!({
             "apiVersion": "v1", "kind": "Secret", "type": OWN_TYPE,
             "metadata": {"name": OWN, "namespace": self.namespace},
@@ -386,10 +423,24 @@ impl AuthorityStore for ClusterStore {
             }
             self.next_look = Instant::now() + jittered(LOOK);
             match self.kept.look().await {
-                Ok(looked) if self.kept.seen.as_ref() == Some(&looked.versions()) => {}
-                Ok(_) => return,
+                Ok(looked) if self.kept.seen.as_ref() == Some(&looked.versions()) => self.missing = None,
+                Ok(looked) if !self.kept.misses_one(&looked) => {
+                    self.missing = None;
+                    return;
+                }
+                Ok(_) => {
+                    let until = *self.missing.get_or_insert_with(Instant::now) + SETTLE;
+                    if Instant::now() >= until {
+                        self.missing = None;
+                        return;
+                    }
+                    self.next_look = until;
+                }
                 // What is there stays; the watches say more of it.
-                Err(fault) => tracing::debug!(%fault, "the authority cannot be looked at"),
+                Err(fault) => {
+                    tracing::debug!(%fault, "the authority cannot be looked at");
+                    self.next_look = Instant::now() + jittered(LONGEST_PAUSE);
+                }
             }
         }
     }

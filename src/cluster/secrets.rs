@@ -10,9 +10,9 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kube::Api;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_stream::{Stream, StreamExt as _};
@@ -36,7 +36,7 @@ const LAST_PAUSE: u64 = 8_000;
 
 /// The secrets of a cluster's accounts.
 pub struct Secrets {
-    client: Client,
+    cluster: Cluster,
     requests: Requests,
     objects: Arc<Objects>,
     wanted: Wanted,
@@ -69,7 +69,7 @@ impl Secrets {
         own: &str,
     ) -> Self {
         Self {
-            client: cluster.client.clone(),
+            cluster: cluster.clone(),
             requests: Requests::new(cluster.client.clone(), leadership),
             objects,
             wanted,
@@ -81,7 +81,7 @@ impl Secrets {
 
     /// Follows what is there. The accounts have to be known by then.
     pub fn watch(self: &Arc<Self>) -> SecretWatch {
-        let api: Api<Stored> = Api::all(self.client.clone());
+        let api: Api<Stored> = self.cluster.all();
         let config = watcher::Config::default().fields(&format!("type={TYPE}")).page_size(PAGE);
         let events = watcher(api, config).backoff(Pauses(FIRST_PAUSE));
         self.objects.metrics().watched("secrets");
@@ -95,7 +95,7 @@ impl Secrets {
         if let Err(why) = stored.is_ours(account, &self.own) {
             return Found::Foreign(why);
         }
-        let marks = stored.marks(&self.own, uid.as_deref());
+        let marks = stored.marks(account, &self.own, uid.as_deref());
         match marks {
             Marks::Another => {
                 return Found::Damaged("it belongs to another account of the same name".to_owned());
@@ -320,6 +320,8 @@ impl SecretWatch {
             let told = match event {
                 Ok(Event::Init) => {
                     self.is_listing = true;
+                    // What is listed now is the truth, also in a cluster that was put back to an older state.
+                    self.secrets.writes().done.clear();
                     return Some(Told::Listing);
                 }
                 Ok(Event::InitDone) => {
