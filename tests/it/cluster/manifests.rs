@@ -1,5 +1,6 @@
 //! What `manifests/` and the examples beside it say, on a real API server.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -126,7 +127,8 @@ fn everything_applies_with_strict_validation_in_the_order_of_its_files_and_again
         let said = good(plane, &["apply", "--server-side", "--validate=strict", what]);
         assert!(said.lines().count() > 12, "{said}");
     }
-    // The examples are made of it.
+    // The examples are made of it. What is in a namespace cannot be tried before that is there.
+    plane.named_namespace("shop");
     for example in ["replace-istio-ca", "replace-istiod-ca", "one-namespace"] {
         let folder = format!("examples/{example}");
         let built = good(plane, &["kustomize", &folder]);
@@ -154,6 +156,60 @@ fn the_rules_are_those_that_the_program_says_it_needs() {
         let said: Value = serde_saphyr::from_str(said).unwrap();
         assert_eq!(sorted(&object(kind, "mica")["rules"]), sorted(&said), "{kind}");
     }
+}
+
+#[test]
+fn the_document_gives_a_reason_for_every_rule() {
+    let document = std::fs::read_to_string(checkout().join("docs/kubernetes.md")).unwrap();
+    let section = document.split_once("## Permissions").unwrap().1.split("\n## ").next().unwrap();
+    let (everywhere, own) = section.split_once("by the Role:").unwrap();
+    for (text, rules, namespace) in [(everywhere, PERMISSIONS, None), (own, OWN_PERMISSIONS, Some(OWN))] {
+        let rules: Value = serde_saphyr::from_str(rules).unwrap();
+        let granted: BTreeSet<_> =
+            grants(&rules, namespace).into_iter().map(|grant| (grant.resource, grant.verb)).collect();
+        let mut told = BTreeSet::new();
+        for row in text.lines().filter(|line| line.starts_with("| `")) {
+            let cells: Vec<_> = row.split('|').map(str::trim).collect();
+            assert!(cells.len() == 6 && cells[3..5].iter().all(|cell| !cell.is_empty()), "{row}");
+            for verb in cells[2].split('`').skip(1).step_by(2) {
+                told.insert((cells[1].trim_matches('`').to_owned(), verb.to_owned()));
+            }
+        }
+        assert_eq!(told, granted);
+    }
+}
+
+#[test]
+fn one_namespace_needs_no_right_to_the_secrets_of_others() {
+    let plane = &ControlPlane::start();
+    good(plane, &["apply", "--server-side", "--force-conflicts", "--kustomize=examples/one-namespace"]);
+    let [admin, mica] = [plane.client(), client_as(plane, MICA, &["system:serviceaccounts"])];
+    let secrets = |namespace: &str| format!("/api/v1/namespaces/{namespace}/secrets");
+    ask(&mica, "GET", &secrets("shop"), &Value::Null).unwrap();
+    for namespace in ["default", "kube-system"] {
+        assert_eq!(ask(&mica, "GET", &secrets(namespace), &Value::Null).unwrap_err().0, 403);
+    }
+    let place = Place::new();
+    let running = place.start_command(&mut deployed(plane, &place));
+    let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "web"}});
+    for namespace in ["default", "shop"] {
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts");
+        ask(&admin, "POST", &path, &account).unwrap();
+    }
+    let there = |path: String| ask(&admin, "GET", &path, &Value::Null).ok();
+    wait_for(Duration::from_secs(20), "a secret", || there(format!("{}/istio.web", secrets("shop"))));
+    wait_for(Duration::from_secs(20), "the roots", || {
+        there("/api/v1/namespaces/shop/configmaps/istio-ca-root-cert".to_owned())
+    });
+    assert!(there(format!("{}/istio.web", secrets("default"))).is_none());
+    running.stop();
+    let denied: Vec<_> =
+        denied(plane).into_iter().filter(|event| event["impersonatedUser"].is_null()).collect();
+    assert!(denied.is_empty(), "{denied:#?}");
+}
+
+fn denied(plane: &ControlPlane) -> Vec<Value> {
+    plane.audit().into_iter().filter(|event| event["responseStatus"]["code"] == 403).collect()
 }
 
 #[test]
@@ -482,7 +538,6 @@ fn deployed(plane: &ControlPlane, place: &Place) -> Command {
                 command.arg(format!("{flag}=127.0.0.1:0"))
             }
             Some(("--data-dir", _)) => command.arg("--data-dir").arg(place.data()),
-            Some(("--dns-names", names)) => command.arg(format!("--dns-names={names},127.0.0.1")),
             _ => command.arg(argument),
         };
     }
@@ -561,8 +616,7 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
         std::thread::sleep(Duration::from_millis(200));
     }
     mica.stop();
-    let denied: Vec<_> =
-        plane.audit().into_iter().filter(|event| event["responseStatus"]["code"] == 403).collect();
+    let denied = denied(plane);
     assert!(denied.is_empty(), "{denied:#?}");
 
     // Without one of them, Mica says which.
