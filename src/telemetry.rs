@@ -9,10 +9,12 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt;
 use tracing_subscriber::fmt::format::{FmtSpan, Writer};
 use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
 
 /// How log lines are written.
@@ -32,9 +34,14 @@ pub fn start(format: Option<LogFormat>, level: Level) {
     let builder = fmt().with_writer(std::io::stderr).with_max_level(level).log_internal_errors(false);
     // A span tells how long it took when it ends.
     let builder = builder.with_span_events(FmtSpan::CLOSE);
+    // What goes wrong there Mica tells itself, in its own words.
+    let silent = ["kube_client", "kube_runtime"].map(|library| (library, LevelFilter::OFF));
+    let filter = Targets::new().with_default(level).with_targets(silent);
     match format {
-        LogFormat::Human => builder.with_ansi(terminal).with_target(false).init(),
-        LogFormat::Json => builder.json().flatten_event(true).map_event_format(Lines).init(),
+        LogFormat::Human => builder.with_ansi(terminal).with_target(false).finish().with(filter).init(),
+        LogFormat::Json => {
+            builder.json().flatten_event(true).map_event_format(Lines).finish().with(filter).init()
+        }
     }
 }
 

@@ -203,7 +203,7 @@ async fn run_with(
     }
     let mut tasks = JoinSet::new();
     let Followed { liveness, nodes, first, reported, events } =
-        subjects.follow(&args, &data, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
+        subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {

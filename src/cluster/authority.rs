@@ -46,6 +46,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What no watch tells of is looked for this often.
 const LOOK: Duration = Duration::from_secs(30);
+/// Secrets are often replaced by deleting and creating them; one that comes again so soon was never gone.
+const SETTLE: Duration = Duration::from_secs(3);
 
 /// Why the cluster's authority is not used. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -156,6 +158,8 @@ pub struct ClusterStore {
     tellings: Arc<Events>,
     watching: Watching,
     next_look: Instant,
+    /// Since when a secret that was there is not.
+    missing: Option<Instant>,
 }
 
 /// How istio-ca 0.2.10 kept its authority: in `istio-ca-secret` alone, within rights that know no ConfigMaps.
@@ -188,7 +192,7 @@ impl ClusterStore {
         let only = cluster.only.clone();
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
         let kept = Kept { client, namespace, data, only, known: None, seen: None, as_istio_ca: None };
-        Self { kept, tellings, watching, next_look: Instant::now() + LOOK }
+        Self { kept, tellings, watching, next_look: Instant::now() + LOOK, missing: None }
     }
 
     /// Tells of it beside the secret. What ends a start ends it before anything could be posted.
@@ -244,6 +248,12 @@ impl Kept {
                 self.make(trust_domain).await?;
             }
         }
+    }
+
+    /// Whether a secret that was there is not.
+    fn misses_one(&self, looked: &Looked) -> bool {
+        let [brought, own, _] = self.seen.clone().unwrap_or_default();
+        brought.is_some() && looked.brought.is_none() || own.is_some() && looked.own.is_none()
     }
 
     async fn look(&self) -> Result<Looked, Fault> {
@@ -413,10 +423,24 @@ impl AuthorityStore for ClusterStore {
             }
             self.next_look = Instant::now() + jittered(LOOK);
             match self.kept.look().await {
-                Ok(looked) if self.kept.seen.as_ref() == Some(&looked.versions()) => {}
-                Ok(_) => return,
+                Ok(looked) if self.kept.seen.as_ref() == Some(&looked.versions()) => self.missing = None,
+                Ok(looked) if !self.kept.misses_one(&looked) => {
+                    self.missing = None;
+                    return;
+                }
+                Ok(_) => {
+                    let until = *self.missing.get_or_insert_with(Instant::now) + SETTLE;
+                    if Instant::now() >= until {
+                        self.missing = None;
+                        return;
+                    }
+                    self.next_look = until;
+                }
                 // What is there stays; the watches say more of it.
-                Err(fault) => tracing::debug!(%fault, "the authority cannot be looked at"),
+                Err(fault) => {
+                    tracing::debug!(%fault, "the authority cannot be looked at");
+                    self.next_look = Instant::now() + jittered(LONGEST_PAUSE);
+                }
             }
         }
     }

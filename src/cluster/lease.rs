@@ -28,12 +28,12 @@ use crate::sys::{self, clock, keys};
 const LEASE: &str = "mica";
 /// For how long it is good after each write.
 const LASTS: Duration = Duration::from_secs(15);
-/// It is written, or looked at, about this often.
+/// It is written about this often.
 const TURN: Duration = Duration::from_secs(2);
-/// And again about this soon after a failure.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Another's is looked at about this often, and one's own written again about this soon after a failure.
+const LOOK: Duration = Duration::from_secs(1);
 /// Another's is respected about so much longer, and those who wait do not come all at once.
-const MARGIN: Duration = Duration::from_secs(1);
+const MARGIN: Duration = Duration::from_millis(500);
 
 /// Whether this replica may write into the cluster, and until when. Clones share one answer.
 ///
@@ -143,7 +143,13 @@ impl Election {
                 self.fault = None;
             }
             self.publish(now);
-            tokio::time::sleep(jittered(if turned.is_ok() { TURN } else { AGAIN })).await;
+            let pause = match self.candidate.step(now) {
+                Step::Renew if turned.is_ok() => jittered(TURN),
+                // To be there when it ends.
+                Step::Wait => jittered(LOOK).min(self.candidate.patience(now)),
+                _ => jittered(LOOK),
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 

@@ -122,6 +122,7 @@ impl Objects {
                     tracing::info!(%what, count = fresh.len(), "all have been read from the API server");
                     let differences = kept.replace(std::mem::take(&mut fresh));
                     self.changed.note(differences);
+                    kept.complete.send_replace(true);
                 }
                 Ok(Event::Apply(seen)) => {
                     let newcomer = kept.write().apply(&seen);
@@ -266,7 +267,6 @@ impl<M: Memory> Kept<M> {
     /// Tells which accounts are not the same.
     fn replace(&self, all: M) -> Vec<ServiceAccount> {
         let before = std::mem::replace(&mut *self.write(), all);
-        self.complete.send_replace(true);
         // Without the writer's lock: it may be large.
         self.read().differences(&before)
     }

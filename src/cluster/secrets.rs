@@ -95,7 +95,7 @@ impl Secrets {
         if let Err(why) = stored.is_ours(account, &self.own) {
             return Found::Foreign(why);
         }
-        let marks = stored.marks(&self.own, uid.as_deref());
+        let marks = stored.marks(account, &self.own, uid.as_deref());
         match marks {
             Marks::Another => {
                 return Found::Damaged("it belongs to another account of the same name".to_owned());
@@ -320,6 +320,8 @@ impl SecretWatch {
             let told = match event {
                 Ok(Event::Init) => {
                     self.is_listing = true;
+                    // What is listed now is the truth, also in a cluster that was put back to an older state.
+                    self.secrets.writes().done.clear();
                     return Some(Told::Listing);
                 }
                 Ok(Event::InitDone) => {

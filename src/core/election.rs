@@ -97,6 +97,11 @@ impl Candidate {
         }
     }
 
+    /// How long another's lease is respected from now on, unless it is renewed.
+    pub fn patience(&self, now: Duration) -> Duration {
+        self.seen.as_ref().map_or(Duration::ZERO, |seen| self.end_of(seen).saturating_sub(now))
+    }
+
     fn end_of(&self, seen: &Seen) -> Duration {
         // Whoever holds it counts with what stands in it, which may be more than we would give ourselves.
         seen.since.saturating_add(seen.record.lasts.max(self.lasts)).saturating_add(self.margin)
@@ -169,6 +174,10 @@ mod tests {
                 assert_eq!(candidate.until(at(moment)), None, "{what}");
             }
             assert_eq!(candidate.step(at(now)), wanted, "{what}");
+            if wanted == Step::Wait {
+                let then = at(now).saturating_add(candidate.patience(at(now)));
+                assert_ne!(candidate.step(then), Step::Wait, "{what}");
+            }
         }
     }
 

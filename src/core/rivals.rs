@@ -136,7 +136,8 @@ mod tests {
     fn what_to_do_follows_from_what_was_done() {
         use Step::{GiveUp, Leave, Write};
         let other = Found::Foreign("mica of mica-two");
-        let cases: &[(&str, &[(u64, Found<'_>)], &[Step])] = &[
+        type Case<'a> = (&'a str, &'a [(u64, Found<'a>)], &'a [Step]);
+        let cases: &[Case<'_>] = &[
             ("it is not there yet", &[(0, Found::Never), (1, Found::AsWanted)], &[Write, Leave]),
             ("the roots have changed", &[(0, Found::Outdated), (5, Found::Outdated)], &[Write, Write]),
             ("a dead istiod has left it", &[(0, ISTIOD), (0, Found::AsWanted)], &[Write, Leave]),

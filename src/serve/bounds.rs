@@ -1,14 +1,15 @@
-//! What one connection may hold: how much at once, and for how long.
+//! What one connection may hold, and all together: how much at once, and for how long.
 //!
 //! HTTP/2 lets a peer begin requests that it never ends, and ask for answers that it never takes. Both would stay in
 //! memory for as long as the connection, which a peer can keep alive with pings. So every request has its time, from its
-//! header to the last byte of its answer being on its way, and a connection that has one above its time is ended.
+//! header to the last byte of its answer being on its way, and a connection that has one above its time is ended. And since there are many connections, all requests need room.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::IpAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -22,8 +23,10 @@ use tonic::server::NamedService;
 use tonic::{Code, Status};
 
 use super::codes::status;
+use super::queue::Full;
 use super::requests::Requests;
 use crate::core::refusal::{Reason, Refusal};
+use crate::sys::listen::{Place, Places};
 
 /// A request for a certificate fits many times, even one of an RSA-4096 key with a hundred names.
 pub(super) const LARGEST_MESSAGE: usize = 64 * 1024;
@@ -37,6 +40,57 @@ pub(super) const WINDOWS: (u32, u32) = (LARGEST_MESSAGE as u32, 512 * 1024);
 pub(super) const RESETS: (usize, usize) = (32, 128);
 /// No client waits longer; more than a full queue needs with the slowest of keys.
 pub(super) const ANSWERED: Duration = Duration::from_secs(30);
+
+/// Below so many requests that are not done, over all connections, nobody asks whose they are;
+const CALM: usize = 4_096;
+/// of so many more, networks share equally.
+const MOST: usize = 16_384;
+
+/// The requests of all connections that are not done. Clones share them.
+#[derive(Clone, Debug)]
+pub(super) struct Crowd(Arc<Counted>);
+
+#[derive(Debug)]
+struct Counted {
+    open: AtomicUsize,
+    calm: usize,
+    places: Places,
+}
+
+/// Room for a request in a crowd.
+#[derive(Debug)]
+struct Room {
+    crowd: Crowd,
+    place: Option<Place>,
+}
+
+impl Crowd {
+    pub(super) fn new() -> Self {
+        Self::of(CALM, MOST)
+    }
+
+    fn of(calm: usize, most: usize) -> Self {
+        Self(Arc::new(Counted { open: AtomicUsize::new(0), calm, places: Places::new(most) }))
+    }
+
+    /// None for one more of the network that has the most when all is taken. Who has to leave for somebody else's request
+    /// goes on with its own, and only has no room for more: so there are never many above the most.
+    fn room(&self, source: IpAddr) -> Option<Room> {
+        let before = self.0.open.fetch_add(1, Ordering::Relaxed);
+        // Gives it back when it is dropped.
+        let mut room = Room { crowd: self.clone(), place: None };
+        if before >= self.0.calm {
+            room.place = Some(self.0.places.take(source)?);
+        }
+        Some(room)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.crowd.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// The requests of one connection that are not done, by when they have to be.
 #[derive(Debug, Default)]
@@ -73,22 +127,29 @@ impl Drop for Open {
     }
 }
 
-/// A service whose requests have their time.
+/// A service whose requests have their room and their time.
 #[derive(Clone)]
 pub(super) struct Bounded<S> {
     inner: S,
-    within: Duration,
+    /// None for as long as clients like.
+    within: Option<Duration>,
+    crowd: Crowd,
     counted: Option<(Arc<Requests>, &'static str)>,
 }
 
 impl<S> Bounded<S> {
-    pub(super) fn new(inner: S, within: Duration) -> Self {
-        Self { inner, within, counted: None }
+    pub(super) fn new(inner: S, within: Duration, crowd: &Crowd) -> Self {
+        Self { inner, within: Some(within), crowd: crowd.clone(), counted: None }
     }
 
-    /// Of a service that has one method, which asks for certificates: what is too long to get there counts too.
-    pub(super) fn counted(inner: S, requests: Arc<Requests>, method: &'static str) -> Self {
-        Self { inner, within: ANSWERED, counted: Some((requests, method)) }
+    /// One that may be listened to for ever.
+    pub(super) fn endless(inner: S, crowd: &Crowd) -> Self {
+        Self { inner, within: None, crowd: crowd.clone(), counted: None }
+    }
+
+    /// Of a service that has one method, which asks for certificates: what never gets there counts too.
+    pub(super) fn counted(self, requests: &Arc<Requests>, method: &'static str) -> Self {
+        Self { counted: Some((requests.clone(), method)), ..self }
     }
 }
 
@@ -110,32 +171,42 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let connection = request.extensions().get::<super::Connected>();
-        let open = connection.map(|connection| connection.unanswered.begin(self.within));
-        let counted = self.counted.clone().zip(connection.map(|connection| connection.peer.source));
-        let too_long = counted.map(|((requests, method), source)| TooLong {
-            requests,
-            method,
-            source,
-            begun: Instant::now(),
-        });
-        Answering { inner: self.inner.call(request), open, too_long }
+        // Set by the listener, for every connection.
+        let Some(super::Connected { peer, unanswered }) = request.extensions().get() else {
+            return Answering { inner: Some(self.inner.call(request)), held: None, unread: None };
+        };
+        let (source, begun) = (peer.source, Instant::now());
+        let held =
+            self.crowd.room(source).map(|room| (self.within.map(|within| unanswered.begin(within)), room));
+        let counted = self.counted.clone();
+        let unread = counted.map(|(requests, method)| Unread { requests, method, source, begun });
+        let inner = held.is_some().then(|| self.inner.call(request));
+        Answering { inner, held, unread }
     }
 }
 
-/// Holds a request open until its answer is gone.
+/// Holds a request open until its answer is gone. Without room there is nobody to answer it.
 pub(super) struct Answering<F> {
-    inner: F,
-    open: Option<Open>,
-    too_long: Option<TooLong>,
+    inner: Option<F>,
+    held: Option<(Option<Open>, Room)>,
+    unread: Option<Unread>,
 }
 
-/// What is known of a request that is too long to be read.
-struct TooLong {
+/// What is known of a request that nobody reads.
+struct Unread {
     requests: Arc<Requests>,
     method: &'static str,
     source: IpAddr,
     begun: Instant,
+}
+
+impl<F> Answering<F> {
+    fn refused(&self, refusal: &Refusal) -> Response<Body> {
+        if let Some(Unread { requests, method, source, begun }) = &self.unread {
+            requests.answered(method, None, Some(refusal), *begun, *source, None);
+        }
+        status(refusal).into_http()
+    }
 }
 
 impl<F> Future for Answering<F>
@@ -145,19 +216,17 @@ where
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Poll::Ready(Ok(response)) = Pin::new(&mut self.inner).poll(cx) else { return Poll::Pending };
-        if is_too_large(&response) {
+        let Some(inner) = &mut self.inner else { return Poll::Ready(Ok(self.refused(&Full.into()))) };
+        let Poll::Ready(Ok(response)) = Pin::new(inner).poll(cx) else { return Poll::Pending };
+        // Who listens for ever sends no CSR.
+        if is_too_large(&response) && !matches!(self.held, Some((None, _))) {
             let sentence = format!("the request is longer than {LARGEST_MESSAGE} bytes");
-            let refusal = Refusal::new(Reason::CsrMalformed, sentence);
-            if let Some(TooLong { requests, method, source, begun }) = &self.too_long {
-                requests.answered(method, None, Some(&refusal), *begun, *source, None);
-            }
-            return Poll::Ready(Ok(status(&refusal).into_http()));
+            return Poll::Ready(Ok(self.refused(&Refusal::new(Reason::CsrMalformed, sentence))));
         }
-        let open = self.open.take();
+        let held = self.held.take();
         Poll::Ready(Ok(response.map(|body| {
             Body::new(body.map_frame(move |frame| {
-                let _until_it_is_dropped = &open;
+                let _until_it_is_dropped = &held;
                 frame
             }))
         })))
@@ -173,6 +242,53 @@ fn is_too_large(response: &Response<Body>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Clone)]
+    struct Silent;
+
+    impl Service<Request<()>> for Silent {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = std::future::Pending<Result<Self::Response, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request<()>) -> Self::Future {
+            std::future::pending()
+        }
+    }
+
+    #[tokio::test]
+    async fn who_takes_all_the_room_leaves_some_to_others() {
+        let crowd = Crowd::of(2, 3);
+        let mut service = Bounded::new(Silent, Duration::from_secs(600), &crowd);
+        let mut ask = |source: u8| {
+            let peer = Arc::new(crate::auth::Peer::new([10, 0, 0, source].into(), Vec::new()));
+            let connected = super::super::Connected { peer, unanswered: Arc::default() };
+            let mut answering = service.call(Request::builder().extension(connected).body(()).unwrap());
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            match Pin::new(&mut answering).poll(&mut cx) {
+                Poll::Pending => Some(answering),
+                Poll::Ready(Ok(response)) => {
+                    let status = Status::from_header_map(response.headers()).unwrap();
+                    assert_eq!(status.code(), Code::ResourceExhausted);
+                    None
+                }
+            }
+        };
+        let mut held: Vec<_> = (0..5).map(|_| ask(1).unwrap()).collect();
+        assert!(ask(1).is_none() && ask(1).is_none());
+        held.push(ask(2).unwrap());
+        assert!(ask(1).is_none());
+        held.push(ask(3).unwrap());
+        assert!(ask(2).is_none() && ask(3).is_none());
+        assert_eq!(crowd.0.open.load(Ordering::Relaxed), 7);
+        held.clear();
+        assert_eq!(crowd.0.open.load(Ordering::Relaxed), 0);
+        held.extend((0..5).map(|_| ask(1).unwrap()));
+    }
 
     #[test]
     fn the_one_that_is_due_first_decides() {

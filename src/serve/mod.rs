@@ -40,7 +40,7 @@ use crate::proto::istio::v1::auth::istio_ca_service_server::IstioCaServiceServer
 use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertificateServiceServer;
 use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
-use bounds::{Bounded, Unanswered};
+use bounds::{Bounded, Crowd, Unanswered};
 use gather::Gather;
 use grpc::GrpcOnly;
 use tls::ServingCertificate;
@@ -85,6 +85,7 @@ pub async fn serve(
     let incoming = tokio_stream::wrappers::ReceiverStream::new(connections);
     let identity = mica::Identity { requests: requests.clone() };
     let istio = istio::Istio { requests: requests.clone() };
+    let crowd = Crowd::new();
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
     let serving = Server::builder()
@@ -96,33 +97,42 @@ pub async fn serve(
         .http2_max_header_list_size(bounds::LARGEST_HEADER)
         .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
         .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
-        // Its watchers stay for as long as they like.
-        .add_service(GrpcOnly(
+        .add_service(GrpcOnly(Bounded::endless(
             HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION),
-        ))
+            &crowd,
+        )))
         .add_service(GrpcOnly(Bounded::new(
             reflection().build_v1()?.max_decoding_message_size(LARGEST_QUESTION),
             REFLECTION,
+            &crowd,
         )))
         .add_service(GrpcOnly(Bounded::new(
             reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION),
             REFLECTION,
+            &crowd,
         )))
         .add_service(GrpcOnly(Bounded::new(
             IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             bounds::ANSWERED,
+            &crowd,
         )))
-        .add_service(GrpcOnly(Bounded::counted(
-            IstioCertificateServiceServer::new(istio.clone())
-                .max_decoding_message_size(bounds::LARGEST_MESSAGE),
-            requests.clone(),
-            istio::CREATE_CERTIFICATE,
-        )))
-        .add_service(GrpcOnly(Bounded::counted(
-            IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-            requests,
-            istio::HANDLE_CSR,
-        )))
+        .add_service(GrpcOnly(
+            Bounded::new(
+                IstioCertificateServiceServer::new(istio.clone())
+                    .max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                bounds::ANSWERED,
+                &crowd,
+            )
+            .counted(&requests, istio::CREATE_CERTIFICATE),
+        ))
+        .add_service(GrpcOnly(
+            Bounded::new(
+                IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                bounds::ANSWERED,
+                &crowd,
+            )
+            .counted(&requests, istio::HANDLE_CSR),
+        ))
         .serve_with_incoming_shutdown(incoming, stop);
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {

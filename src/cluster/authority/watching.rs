@@ -54,7 +54,11 @@ impl Watch {
             let Some(events) = &mut self.events else {
                 sleep_until(self.next_try).await;
                 match begin(&self.secrets, self.name).await {
-                    Ok(events) => self.events = Some(events),
+                    // What happened since the one before is not told by this one, if it was a removal.
+                    Ok(events) => {
+                        self.events = Some(events);
+                        return;
+                    }
                     Err(fault) => self.failed(&fault),
                 }
                 continue;

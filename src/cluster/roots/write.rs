@@ -251,7 +251,7 @@ impl<'a> Term<'a> {
 
     fn give_up(&mut self, place: &Place, writer: &str, held: Option<&Held>, until: Duration) {
         let object = self.roots.describe(place);
-        let minutes = (until.saturating_sub(self.begun.elapsed()).as_secs() + 59) / 60;
+        let minutes = until.saturating_sub(self.begun.elapsed()).as_secs().div_ceil(60);
         let flag = match place {
             Place::Bundle => "--cluster-trust-bundle false",
             Place::Namespace(_) => "--root-config-map with another name, or none",

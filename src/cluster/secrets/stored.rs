@@ -159,19 +159,23 @@ impl Stored {
         if self.kind != TYPE {
             return Err(format!("the secret {name} has the type {:?}, not {TYPE}", self.kind));
         }
-        let noted = self.metadata.annotations.as_ref().and_then(|all| all.get(ACCOUNT));
-        if noted.is_none_or(|noted| noted != account.name()) {
-            return Err(format!("the annotation {ACCOUNT} of the secret {name} is not {}", account.name()));
-        }
         match self.label() {
-            Some(other) if other != own => Err(format!(
+            // Whatever else somebody has edited.
+            Some(label) if label == own => Ok(()),
+            Some(other) => Err(format!(
                 "the label {MANAGED_BY} of the secret {name} says that the mica in the namespace {other:?} keeps it"
             )),
-            _ => Ok(()),
+            None if self.names(account) => Ok(()),
+            None => Err(format!("the annotation {ACCOUNT} of the secret {name} is not {}", account.name())),
         }
     }
 
-    pub(super) fn marks(&self, own: &str, uid: Option<&str>) -> Marks {
+    fn names(&self, account: &ServiceAccount) -> bool {
+        let noted = self.metadata.annotations.as_ref().and_then(|all| all.get(ACCOUNT));
+        noted.is_some_and(|noted| noted == account.name())
+    }
+
+    pub(super) fn marks(&self, account: &ServiceAccount, own: &str, uid: Option<&str>) -> Marks {
         let owner =
             self.metadata.owner_references.iter().flatten().find(|owner| owner.kind == "ServiceAccount");
         match (owner, uid) {
@@ -181,7 +185,7 @@ impl Stored {
         }
         let annotations = self.metadata.annotations.as_ref();
         let has = |key: &&str| annotations.is_some_and(|all| all.contains_key(*key));
-        if self.label() == Some(own) && [NOT_AFTER, RENEW_AT, SERIAL].iter().all(has) {
+        if self.label() == Some(own) && self.names(account) && [NOT_AFTER, RENEW_AT, SERIAL].iter().all(has) {
             Marks::Whole
         } else {
             Marks::Missing

@@ -719,7 +719,7 @@ fn a_publication_killed_at_any_step_is_healed() {
                 Found::Set(found) => {
                     assert!(Some(&found.set) == old.as_ref() || found.set == set(2));
                 }
-                Found::Foreign(why) => panic!("after {count} changes: {why}"),
+                other => panic!("after {count} changes: {other:?}"),
             }
             sink.publish_now(&web(), &set(3)).unwrap();
             assert_whole(&sink, &web(), &set(3));

@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::control_plane::{ControlPlane, HOME, runtime};
+use super::events::events_about;
 use super::served::{Client, command, start};
 use crate::serve::{Mica, Place, SLACK, wait_for};
 
@@ -39,6 +40,10 @@ fn a_leader_that_dies_is_replaced_within_its_lease_and_one_that_stops_at_once() 
     let places = [Place::new(), Place::new(), Place::new()];
     let first = start(&places[0], &plane, &[]);
     wait_until_it_leads(&first, TURN);
+    wait_for(TURN, "an Event", || {
+        let told = events_about(&plane, HOME, "mica");
+        told.into_iter().find(|event| event.reason.as_deref() == Some("LeaderElected"))
+    });
     let [second, third] = [1, 2].map(|i| start(&places[i], &plane, &[]));
     std::thread::sleep(2 * TURN);
     assert!(leads(&first) && !leads(&second) && !leads(&third));
@@ -46,12 +51,14 @@ fn a_leader_that_dies_is_replaced_within_its_lease_and_one_that_stops_at_once() 
     assert_eq!((before.lease_duration_seconds, before.lease_transitions), (Some(15), Some(0)));
 
     first.kill();
+    let died = Instant::now();
     let last = lease(&plane);
     assert_eq!(last.holder_identity, before.holder_identity);
     wait_for(LASTS + 2 * TURN, "another leader", || {
         assert!(!(leads(&second) && leads(&third)));
         (leads(&second) || leads(&third)).then_some(())
     });
+    eprintln!("replaced after {:?}", died.elapsed());
     let taken = lease(&plane);
     assert_eq!(taken.lease_transitions, Some(1));
     let waited = taken.acquire_time.unwrap().0.duration_since(last.renew_time.unwrap().0).as_secs_f64();

@@ -6,12 +6,16 @@ mod istio_ca;
 mod knowledge;
 mod lease;
 mod manifests;
+mod namespaces;
 mod node;
 mod pods;
+mod roots;
 mod secrets;
 mod served;
 mod sidecars;
 mod state;
+mod storm;
+mod weather;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

@@ -409,6 +409,8 @@ fn an_issuer_that_expires_while_mica_runs_is_waited_for_without_haste() {
     put_intermediate(&folder, &root, now - thirty_days + Duration::from_secs(12));
     let mica = place.start(&["--authority", folder.to_str().unwrap()]);
     assert_eq!(mica.page("/readyz").0, 200);
+    assert_eq!(mica.metric("mica_authority_ending"), 1.0);
+    assert!(mica.log().contains("the authority ends soon: nothing can be issued then"));
     let issued = mica.metric("citadel_server_success_cert_issuance_count");
     wait_for(Duration::from_secs(12), "the end of readiness", || {
         (mica.page("/readyz").0 == 503).then_some(())
@@ -423,6 +425,7 @@ fn an_issuer_that_expires_while_mica_runs_is_waited_for_without_haste() {
     put_intermediate(&folder, &root, now);
     wait_for(Duration::from_secs(5), "readiness", || (mica.page("/readyz").0 == 200).then_some(()));
     place.wait_for_account("web", Duration::from_secs(2));
+    assert_eq!(mica.metric("mica_authority_ending"), 0.0);
     mica.stop();
 }
 
