@@ -68,6 +68,7 @@ fn a_leader_that_dies_is_replaced_within_its_lease_and_one_that_stops_at_once() 
     let begun = Instant::now();
     leader.stop();
     wait_until_it_leads(&follower, TURN);
+    eprintln!("after a stop: {:?}", begun.elapsed());
     assert!(begun.elapsed() < LASTS, "{:?}", begun.elapsed());
     assert_eq!(lease(&plane).lease_transitions, Some(2));
     follower.stop();
