@@ -8,14 +8,18 @@ const FILE: &str = "addresses.json";
 
 /// The addresses that were bound.
 pub(super) struct Addresses {
-    pub(super) grpc: SocketAddr,
+    /// None where there are no gRPC services.
+    pub(super) grpc: Option<SocketAddr>,
     pub(super) http: SocketAddr,
 }
 
 impl Addresses {
     /// Writes them into the data folder, whose lock the caller holds.
     pub(super) fn publish(&self, data: &Dir) -> Result<(), Error> {
-        let text = serde_json::json!({"grpc": self.grpc.to_string(), "http": self.http.to_string()});
+        let mut text = serde_json::json!({"http": self.http.to_string()});
+        if let Some(grpc) = self.grpc {
+            text["grpc"] = grpc.to_string().into();
+        }
         data.replace(FILE, format!("{text}\n").as_bytes(), Access::mode(0o644))
     }
 

@@ -84,7 +84,7 @@ pub(super) fn print(args: &Args, output: Output, authority: &Authority, addresse
         roots: plain(&args.data_dir.join(ROOTS)),
         roots_not_after: root_until,
         http: addresses.http.to_string(),
-        grpc: addresses.grpc.to_string(),
+        grpc: addresses.grpc.map(|address| address.to_string()),
     };
     let text = match output {
         Output::Text => shown.text(args),
@@ -109,7 +109,8 @@ struct Shown {
     #[serde(with = "time::serde::rfc3339::option")]
     roots_not_after: Option<OffsetDateTime>,
     http: String,
-    grpc: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grpc: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -174,7 +175,9 @@ impl Shown {
         let until = self.roots_not_after.map(moment).unwrap_or_default();
         lines.push(format!("Roots   {roots}, until {until}"));
         lines.push(format!("Health  http://{0}/readyz, metrics http://{0}/metrics", self.http));
-        lines.push(format!("gRPC    {} (TLS)", self.grpc));
+        if let Some(grpc) = &self.grpc {
+            lines.push(format!("gRPC    {grpc} (TLS)"));
+        }
         if let Some(Identity { folder: Some(folder), .. }) = identities.first() {
             let program = std::env::args().next().unwrap_or_else(|| "mica".to_owned());
             lines.push(String::new());

@@ -20,7 +20,7 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::Authority;
-use crate::cluster::{Cluster, ClusterStore, Events};
+use crate::cluster::{AsIstioCa, Cluster, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -32,7 +32,7 @@ use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::{self, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
-use crate::store::{AuthorityStore, BroughtStore, OwnStore};
+use crate::store::{AuthorityStore, BroughtStore, OwnStore, Place};
 use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
@@ -112,9 +112,18 @@ async fn start(typed: Typed) -> Result<(), Error> {
             (Subjects::Folder { source: Box::new(source), secrets }, folder.display().to_string())
         }
         Origin::Cluster => {
-            let mut cluster = Cluster::find().await.map_err(usage)?;
+            let named = args.istio_ca.as_ref().and_then(|ours| ours.kubeconfig.as_deref());
+            let found = match named {
+                Some(kubeconfig) => Cluster::named(kubeconfig).await,
+                None => Cluster::find().await,
+            };
+            let mut cluster = found.map_err(usage)?;
             if let Some(namespace) = &args.namespace {
                 cluster = cluster.within(namespace);
+            }
+            // Of one alone nothing has to be known about the others, nor may be.
+            if let [only] = args.watch_namespaces.as_slice() {
+                cluster = cluster.only(only);
             }
             let tellings = Arc::new(Events::new(&cluster, &sys::host_name()));
             (Subjects::Cluster { cluster, tellings }, "--kube".to_owned())
@@ -126,19 +135,30 @@ async fn start(typed: Typed) -> Result<(), Error> {
     let _lock = data.lock(LOCK, &holder).map_err(usage)?;
     data.clear_leftovers().map_err(fault)?;
     Addresses::withdraw(&data).map_err(fault)?;
-    match (&args.authority, &subjects) {
+    let istio_ca = args.istio_ca.as_deref();
+    let place = match istio_ca.and_then(|ours| ours.authority.clone()) {
+        Some(files) => Some(Place::Files(files)),
+        None => args.authority.clone().map(Place::Folder),
+    };
+    match (place, &subjects) {
         (None, Subjects::Cluster { cluster, tellings }) => {
-            let store = ClusterStore::new(cluster, tellings.clone(), data.try_clone().map_err(fault)?);
+            let mut store = ClusterStore::new(cluster, tellings.clone(), data.try_clone().map_err(fault)?);
+            if let Some(ours) = istio_ca {
+                store = store.as_istio_ca(AsIstioCa {
+                    organization: ours.organization.clone(),
+                    lifetime: ours.root_lifetime,
+                });
+            }
             run_with(typed, data, subjects, store, signals).await
         }
         (None, Subjects::Folder { .. }) => {
             let store = OwnStore::new(data.try_clone().map_err(fault)?);
             run_with(typed, data, subjects, store, signals).await
         }
-        (Some(folder), _) => {
+        (Some(place), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
-            let store = BroughtStore::new(data.try_clone().map_err(fault)?, folder.clone(), passphrase);
+            let store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
             run_with(typed, data, subjects, store, signals).await
         }
     }
@@ -151,7 +171,10 @@ async fn run_with(
     mut store: impl AuthorityStore + 'static,
     mut signals: Signals,
 ) -> Result<(), Error> {
-    let grpc = bind(args.grpc_address, "--grpc-address").await?;
+    let grpc = match args.istio_ca.as_ref().is_none_or(|ours| ours.grpc) {
+        true => Some(bind(args.grpc_address, "--grpc-address").await?),
+        false => None,
+    };
     let (http, early) = twins(bind(args.http_address, "--http-address").await?).map_err(fault)?;
     // Before the sink, whose record shows that there was an authority.
     let open_files = listen::raise_open_files();
@@ -180,7 +203,7 @@ async fn run_with(
     }
     let mut tasks = JoinSet::new();
     let Followed { liveness, nodes, first, reported, events } =
-        subjects.follow(&args, &data, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
+        subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
@@ -229,8 +252,10 @@ async fn run_with(
     tasks.spawn(until(stopping(), async move { tokens.keep().await }));
     let kept = certificate.clone();
     tasks.spawn(until(stopping(), async move { kept.keep().await }));
-    let addresses =
-        Addresses { grpc: grpc.local_addr().map_err(fault)?, http: http.local_addr().map_err(fault)? };
+    let addresses = Addresses {
+        grpc: grpc.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
+        http: http.local_addr().map_err(fault)?,
+    };
     // Clients may hang on for ever, as those do that watch the health.
     let cut_off = || {
         let stopping = stopping();
@@ -247,12 +272,14 @@ async fn run_with(
         }
     });
     let (ends, cut) = (stopping(), cut_off());
-    tasks.spawn(async move {
+    if let Some(grpc) = grpc {
+        tasks.spawn(async move {
         tokio::select! {
             served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });
+    }
 
     let announced = async {
         let Ok(first) = first.await else { return std::future::pending().await };

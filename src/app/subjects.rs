@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
@@ -14,15 +15,16 @@ use tokio::task::JoinSet;
 use super::serve::{Error, stopping, until, usage};
 use super::{report, tokens};
 use crate::auth::token::Tokens;
-use crate::auth::{Accounts, Liveness, Nodes};
+use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
 use crate::authority::Authority;
 use crate::cluster::{
-    AccountSource, Cluster, Election, Events, Leadership, Namespaces, Objects, Roots, RootsOptions, Secrets,
-    Told, Wanted,
+    AccountSource, Cluster, Election, EventReason, Events, Leadership, Namespaces, Objects, Roots,
+    RootsOptions, Secrets, Severity, Told, Wanted,
 };
-use crate::config::serve::Args;
+use crate::config::serve::{Args, MadeKind};
+use crate::core::key::KeyKind;
 use crate::core::selection::Rules;
-use crate::reconcile::{self, Event, Judge, Reconciler, Report};
+use crate::reconcile::{self, Event, Judge, News, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
 use crate::source::Source as _;
@@ -31,6 +33,8 @@ use crate::sys::dir::{Access, Dir};
 
 /// Events that wait while the loop works.
 const EVENTS: usize = 64;
+/// Where nobody else writes, this replica does after much less.
+const ELECTED: Duration = Duration::from_secs(1);
 
 /// Whose certificates.
 pub(super) enum Subjects {
@@ -77,6 +81,7 @@ impl Subjects {
         self,
         args: &Args,
         data: &Dir,
+        policy: &Arc<LivingPolicy>,
         tokens: &Arc<Tokens>,
         authority: &Arc<Authority>,
         registry: &mut Registry,
@@ -87,9 +92,9 @@ impl Subjects {
             Self::Folder { source, secrets } => {
                 follow_folder(args, *source, secrets, data, authority, registry, stopped, tasks)
             }
-            Self::Cluster { cluster, tellings } => {
-                Ok(follow_cluster(args, cluster, tellings, tokens, authority, registry, stopped, tasks))
-            }
+            Self::Cluster { cluster, tellings } => Ok(follow_cluster(
+                args, cluster, tellings, policy, tokens, authority, registry, stopped, tasks,
+            )),
         }
     }
 }
@@ -111,7 +116,7 @@ fn follow_folder(
     metrics.register(registry);
     registry.register_collector(Box::new(SourceFaults(source.faults())));
 
-    let options = reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() };
+    let options = reconcile::Options::fixed(args.ttl, args.key_kind.into());
     let (door, place) = (authority.clone(), sink.clone());
     let reconciler = Reconciler::new(door, place, options, metrics, stopped.clone(), report::progress());
     let (events, inbox) = mpsc::channel(EVENTS);
@@ -151,25 +156,33 @@ fn follow_cluster(
     args: &Args,
     cluster: Cluster,
     tellings: Arc<Events>,
+    policy: &Arc<LivingPolicy>,
     tokens: &Arc<Tokens>,
     authority: &Arc<Authority>,
     registry: &mut Registry,
     stopped: &watch::Receiver<bool>,
     tasks: &mut JoinSet<Result<(), Error>>,
 ) -> Followed {
-    let objects = Arc::new(Objects::new(&cluster));
+    // Whoever has istio-ca's rights may neither follow pods nor post Events nor hold a Lease.
+    let is_istio_ca = args.istio_ca.is_some();
+    let objects = Objects::new(&cluster);
+    let objects = Arc::new(if is_istio_ca { objects.without_pods() } else { objects });
     objects.register(registry);
-    let election = Election::new(&cluster, tellings.clone());
-    election.register(registry);
-    let leadership = election.leadership();
-    let stop = stopping(stopped);
-    tasks.spawn(async move {
-        election.run(stop).await;
-        Ok(())
-    });
+    let mut leadership = if is_istio_ca {
+        Leadership::always()
+    } else {
+        let election = Election::new(&cluster, tellings.clone());
+        election.register(registry);
+        let leadership = election.leadership();
+        let stop = stopping(stopped);
+        tasks.spawn(async move {
+            election.run(stop).await;
+            Ok(())
+        });
+        leadership
+    };
     tellings.register(registry);
-    let posted = tellings.clone();
-    tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+    let delivered = tellings.clone();
     let own = cluster.namespace().to_owned();
     let watched = Some(&args.watch_namespaces).filter(|names| !names.is_empty());
     let rules = Rules {
@@ -177,21 +190,32 @@ fn follow_cluster(
         by_default: args.namespaces_by_default,
         own: own.clone(),
     };
-    let namespaces = Arc::new(Namespaces::new(&cluster, rules));
+    let namespaces = Namespaces::new(&cluster, rules);
+    let namespaces = Arc::new(if is_istio_ca { namespaces.without_labels() } else { namespaces });
     namespaces.register(registry);
-    let chosen = namespaces.clone();
-    tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
-    let options = RootsOptions {
-        config_map: args.root_config_map().map(str::to_owned),
-        trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
-        own,
-    };
-    let door = authority.clone();
-    let current = Box::new(move || door.issuer().bundle().clone());
-    let roots =
-        Arc::new(Roots::new(&cluster, options, current, namespaces.clone(), leadership.clone(), tellings));
-    roots.register(registry);
-    tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    if !is_istio_ca {
+        let posted = tellings.clone();
+        tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
+        let chosen = namespaces.clone();
+        tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+        let options = RootsOptions {
+            config_map: args.root_config_map().map(str::to_owned),
+            trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
+            own,
+        };
+        let door = authority.clone();
+        let current = Box::new(move || door.issuer().bundle().clone());
+        let roots = Arc::new(Roots::new(
+            &cluster,
+            options,
+            current,
+            namespaces.clone(),
+            leadership.clone(),
+            tellings,
+        ));
+        roots.register(registry);
+        tasks.spawn(until(stopping(stopped), async move { roots.run().await }));
+    }
     let metrics = reconcile::Metrics::default();
     metrics.register(registry);
     let (events, inbox) = mpsc::channel(EVENTS);
@@ -209,7 +233,8 @@ fn follow_cluster(
         namespaces: namespaces.clone(),
         leadership: leadership.clone(),
         authority: authority.clone(),
-        options: reconcile::Options { lifetime: args.ttl, key_kind: args.key_kind.into() },
+        policy: policy.clone(),
+        options: delivery_options(args, policy.clone(), objects.clone(), delivered),
         metrics,
         stopped: stopped.clone(),
     };
@@ -220,7 +245,14 @@ fn follow_cluster(
     tasks.spawn(until(stopping(stopped), async move {
         tokio::join!(known.completed(), settled.settled());
         // A replica that does not write need not wait for the one that does.
-        let report = if leadership.may_write() { first_pass.await.ok() } else { None };
+        let report = match tokio::time::timeout(ELECTED, leadership.gained()).await {
+            Ok(()) => tokio::select! {
+                report = first_pass => report.ok(),
+                () = leadership.lost() => None,
+            },
+            Err(_) => None,
+        };
+        drop(leadership);
         let _ = told.send(First::Known(place, report));
         let _ = is_reported.await;
         std::future::pending().await
@@ -235,6 +267,32 @@ fn follow_cluster(
     Followed { liveness: objects.clone(), nodes: Some(objects), first, reported, events }
 }
 
+/// Policy says what is delivered, within which accounts have wishes; and Events tell.
+fn delivery_options(
+    args: &Args,
+    policy: Arc<LivingPolicy>,
+    objects: Arc<Objects>,
+    events: Arc<Events>,
+) -> reconcile::Options {
+    let default: KeyKind = args.key_kind.into();
+    let mut made = vec![default];
+    let others = <MadeKind as clap::ValueEnum>::value_variants().iter().map(|kind| KeyKind::from(*kind));
+    made.extend(others.filter(|kind| *kind != default));
+    let known = objects.clone();
+    reconcile::Options {
+        terms: Arc::new(move |account| policy.current().deliver(account, &known.wishes(account), &made)),
+        tell: Arc::new(move |account, news| {
+            let (severity, reason, note) = match news {
+                News::Taken(why) => (Severity::Warning, EventReason::SecretNameTaken, why),
+                News::Repaired(fault) => (Severity::Warning, EventReason::SecretRepaired, fault),
+                News::Refused(why) => (Severity::Warning, EventReason::AnnotationRefused, why),
+                News::NotServed(fault) => (Severity::Warning, EventReason::NotServed, fault),
+            };
+            events.tell(&objects.reference(account), severity, reason, note.to_owned());
+        }),
+    }
+}
+
 /// Keeps the secrets of a cluster's accounts, while this replica may write.
 struct Delivery {
     cluster: Cluster,
@@ -243,6 +301,7 @@ struct Delivery {
     namespaces: Arc<Namespaces>,
     leadership: Leadership,
     authority: Arc<Authority>,
+    policy: Arc<LivingPolicy>,
     options: reconcile::Options,
     metrics: reconcile::Metrics,
     stopped: watch::Receiver<bool>,
@@ -264,7 +323,7 @@ impl Delivery {
             }
             tokio::select! {
                 () = self.term(&mut inbox, &mut first) => {}
-                () = leadership.lost() => tracing::info!("this replica writes no longer"),
+                () = leadership.lost() => {}
             }
         }
     }
@@ -283,14 +342,14 @@ impl Delivery {
             self.leadership.clone(),
             self.cluster.namespace(),
         ));
-        let judge = Judge::new(authority.clone());
+        let judge = Judge::new(authority.clone(), self.options.terms.clone());
         let (events, told) = mpsc::channel(EVENTS);
         let (passed, first_pass) = oneshot::channel();
         let (metrics, stopped) = (self.metrics.clone(), self.stopped.clone());
         let reconciler = Reconciler::new(
             authority.clone(),
             secrets.clone(),
-            self.options,
+            self.options.clone(),
             metrics,
             stopped,
             report::progress(),
@@ -301,6 +360,7 @@ impl Delivery {
                 return;
             }
             let mut watch = secrets.watch();
+            let mut granted = self.policy.changes();
             loop {
                 let event = tokio::select! {
                     change = source.next() => Event::Source(change),
@@ -308,6 +368,8 @@ impl Delivery {
                         flipped.iter().for_each(|namespace| objects.tell_again(namespace));
                         continue;
                     }
+                    // What was refused may be granted now.
+                    Ok(()) = granted.changed() => Event::Disturbed(objects.wishing()),
                     Some(event) = inbox.recv() => event,
                     Some(told) = watch.next() => match told {
                         Told::Listing => Event::Listing,

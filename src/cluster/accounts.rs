@@ -3,9 +3,11 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use tokio::sync::Notify;
 
 use super::Objects;
+use crate::core::policy::Wishes;
 use crate::core::spiffe::ServiceAccount;
 use crate::source::{Change, Source};
 
@@ -63,6 +65,32 @@ impl Objects {
     /// What an account says of itself about being delivered to.
     pub fn deliver(&self, account: &ServiceAccount) -> Option<bool> {
         self.accounts.read().get(account)?.deliver
+    }
+
+    /// What an account asks for in its annotations.
+    pub fn wishes(&self, account: &ServiceAccount) -> Wishes {
+        let known = self.accounts.read();
+        known.get(account).and_then(|which| which.wishes.as_deref()).cloned().unwrap_or_default()
+    }
+
+    /// Those that ask for anything.
+    pub fn wishing(&self) -> Vec<ServiceAccount> {
+        let known = self.accounts.read();
+        let wishes =
+            |account: &&ServiceAccount| known.get(account).is_some_and(|which| which.wishes.is_some());
+        known.iter().filter(wishes).cloned().collect()
+    }
+
+    /// What events about an account name.
+    pub fn reference(&self, account: &ServiceAccount) -> ObjectReference {
+        ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("ServiceAccount".to_owned()),
+            namespace: Some(account.namespace().to_owned()),
+            name: Some(account.name().to_owned()),
+            uid: self.uid(account).map(String::from),
+            ..ObjectReference::default()
+        }
     }
 
     /// Has all accounts of a namespace told again, since other ones of them may be wanted now.

@@ -24,6 +24,8 @@ use super::{Cluster, MANAGER};
 use crate::core::authority_files::{self, CA_CERT, CA_KEY, CERT_CHAIN};
 use crate::core::bundle::TrustBundle;
 use crate::core::issuer::Issuer;
+use crate::core::lifetime::Lifetime;
+use crate::core::profile::Organization;
 use crate::core::spiffe::TrustDomain;
 use crate::store::{self, AuthorityStore, MAX_FILE, Made, ROOTS, fingerprints};
 use crate::sys::dir::{Access, Dir};
@@ -160,6 +162,15 @@ pub struct ClusterStore {
     missing: Option<Instant>,
 }
 
+/// How istio-ca 0.2.10 kept its authority: in `istio-ca-secret` alone, within rights that know no ConfigMaps.
+#[derive(Clone, Debug)]
+pub struct AsIstioCa {
+    /// Of a root that is made.
+    pub organization: Organization,
+    /// Of a root that is made.
+    pub lifetime: Lifetime,
+}
+
 /// What is kept, where, and what is known of it.
 struct Kept {
     client: Client,
@@ -169,14 +180,18 @@ struct Kept {
     known: Option<TrustBundle>,
     /// The versions of what was last loaded.
     seen: Option<Versions>,
+    /// The only namespace beside that one which may be read.
+    only: Option<Arc<str>>,
+    as_istio_ca: Option<AsIstioCa>,
 }
 
 impl ClusterStore {
     /// Takes the data folder, whose lock the caller holds.
     pub fn new(cluster: &Cluster, tellings: Arc<Events>, data: Dir) -> Self {
         let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
+        let only = cluster.only.clone();
         let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
-        let kept = Kept { client, namespace, data, known: None, seen: None };
+        let kept = Kept { client, namespace, data, only, known: None, seen: None, as_istio_ca: None };
         Self { kept, tellings, watching, next_look: Instant::now() + LOOK, missing: None }
     }
 
@@ -191,6 +206,12 @@ impl ClusterStore {
             ..ObjectReference::default()
         };
         self.tellings.tell(&secret, Severity::Warning, EventReason::AuthorityUnusable, error.to_string());
+    }
+
+    /// Keeps it as istio-ca did.
+    pub fn as_istio_ca(mut self, how: AsIstioCa) -> Self {
+        self.kept.as_istio_ca = Some(how);
+        self
     }
 }
 
@@ -208,7 +229,7 @@ impl Kept {
             if let Some((name, secret)) = looked.secret() {
                 let issuer = self.read(name, secret, trust_domain)?;
                 self.check(name, &issuer, marked.as_ref())?;
-                if marked.is_none() {
+                if marked.is_none() && self.as_istio_ca.is_none() {
                     self.mark(issuer.bundle()).await?;
                 }
                 self.publish(issuer.bundle())?;
@@ -236,6 +257,9 @@ impl Kept {
     }
 
     async fn look(&self) -> Result<Looked, Fault> {
+        if self.as_istio_ca.is_some() {
+            return Ok(Looked { brought: None, own: self.get("secrets", OWN).await?, marker: None });
+        }
         Ok(Looked {
             brought: self.get("secrets", BROUGHT).await?,
             own: self.get("secrets", OWN).await?,
@@ -308,7 +332,10 @@ impl Kept {
 
     /// Makes a root and keeps it in the cluster, unless somebody else has done so meanwhile.
     async fn make(&self, trust_domain: &TrustDomain) -> Result<(), Failure> {
-        let Made { key, root_pem, .. } = Made::new(trust_domain)?;
+        let Made { key, root_pem, .. } = match &self.as_istio_ca {
+            Some(how) => Made::of(trust_domain, &how.organization, how.lifetime)?,
+            None => Made::new(trust_domain)?,
+        };
         let secret = json!({
             "apiVersion": "v1", "kind": "Secret", "type": OWN_TYPE,
             "metadata": {"name": OWN, "namespace": self.namespace},

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1;
 use kube::Resource;
 
 use super::seen::Seen;
+use crate::core::policy::Wishes;
 use crate::core::spiffe::ServiceAccount;
 
 /// The API server counts an object as gone so many seconds after it should be.
@@ -19,6 +20,8 @@ pub(super) struct Which {
     deleted_at: Option<i64>,
     /// Of an account: what it says of being delivered to.
     pub(super) deliver: Option<bool>,
+    /// And of what is delivered.
+    pub(super) wishes: Option<Box<Wishes>>,
 }
 
 /// A pod, or something of which less is known.
@@ -32,7 +35,12 @@ pub(super) struct Facts {
 
 impl Which {
     fn of<K>(seen: &Seen<K>) -> Self {
-        Self { uid: seen.uid().into(), deleted_at: seen.deleted_at, deliver: seen.deliver }
+        Self {
+            uid: seen.uid().into(),
+            deleted_at: seen.deleted_at,
+            deliver: seen.deliver,
+            wishes: seen.wishes.clone(),
+        }
     }
 
     pub(super) fn is_gone(&self, now: i64) -> bool {
@@ -94,7 +102,9 @@ impl Memory for Accounts {
     fn apply(&mut self, seen: &Seen<Self::Kind>) -> Option<ServiceAccount> {
         let account = ServiceAccount::new(seen.namespace(), seen.name()).ok()?;
         let before = self.0.insert(account.clone(), Which::of(seen));
-        let is_same = |before: Which| *before.uid == *seen.uid() && before.deliver == seen.deliver;
+        let is_same = |before: Which| {
+            *before.uid == *seen.uid() && before.deliver == seen.deliver && before.wishes == seen.wishes
+        };
         (!before.is_some_and(is_same)).then_some(account)
     }
 
@@ -105,7 +115,7 @@ impl Memory for Accounts {
 
     fn differences(&self, other: &Self) -> Vec<ServiceAccount> {
         let differs = |account: &&ServiceAccount| {
-            let said = |which: &Which| (which.uid.clone(), which.deliver);
+            let said = |which: &Which| (which.uid.clone(), which.deliver, which.wishes.clone());
             let [here, there] = [self, other].map(|accounts| accounts.get(account).map(said));
             here != there
         };

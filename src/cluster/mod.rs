@@ -17,17 +17,19 @@ mod seen;
 mod watch;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::config::{KubeConfigOptions, KubeconfigError};
+use k8s_openapi::NamespaceResourceScope;
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::core::Request;
 use kube::core::params::GetParams;
-use kube::{Client, Config};
+use kube::{Api, Client, Config, Resource};
 use serde::Deserialize;
 
 pub use accounts::{AccountSource, Wanted};
-pub use authority::{AuthorityError, ClusterStore};
+pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use lease::{Election, Leadership};
 pub use namespaces::{Flips, Namespaces};
@@ -145,6 +147,8 @@ pub struct Cluster {
     /// Of the pod that this runs in.
     namespace: Option<Arc<str>>,
     metrics: metrics::Metrics,
+    /// The only namespace that is asked about.
+    only: Option<Arc<str>>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -154,6 +158,20 @@ impl std::fmt::Debug for Cluster {
 }
 
 impl Cluster {
+    /// The API server that a kubeconfig names.
+    pub async fn named(kubeconfig: &Path) -> Result<Self, Error> {
+        let read = async {
+            let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await
+        };
+        match read.await {
+            Ok(config) => Self::new(config),
+            // As below.
+            Err(KubeconfigError::Parse(_)) => Err(Error::Kubeconfig("it is no kubeconfig".to_owned())),
+            Err(fault) => Err(Error::Kubeconfig(fault.to_string())),
+        }
+    }
+
     /// The API server that `KUBECONFIG` or `~/.kube/config` names, or the one of the pod that this runs in.
     pub async fn find() -> Result<Self, Error> {
         let missing = match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
@@ -185,7 +203,7 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place, namespace: None, metrics: metrics::Metrics::default() })
+        Ok(Self { client, place, namespace: None, only: None, metrics: metrics::Metrics::default() })
     }
 
     /// Its address.
@@ -201,6 +219,22 @@ impl Cluster {
     /// The namespace that is Mica's own: that of its pod, unless something else was said.
     pub fn namespace(&self) -> &str {
         self.namespace.as_deref().unwrap_or(NAMESPACE)
+    }
+
+    /// One of which only this namespace, and its own, are asked about.
+    pub fn only(self, namespace: &str) -> Self {
+        Self { only: Some(namespace.into()), ..self }
+    }
+
+    /// What is in all namespaces, or in the only one.
+    fn all<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        match &self.only {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
     }
 
     /// The issuer of its service account tokens.

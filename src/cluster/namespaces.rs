@@ -29,6 +29,8 @@ pub struct Namespaces {
     /// Watches that have not read all of theirs yet.
     reading: watch::Sender<usize>,
     listeners: Mutex<Vec<Weak<Flips>>>,
+    /// What they say of themselves counts, and is asked for.
+    reads_labels: bool,
 }
 
 impl std::fmt::Debug for Namespaces {
@@ -47,7 +49,15 @@ impl Namespaces {
             reading: watch::Sender::new(rules.watched.as_ref().map_or(1, BTreeSet::len)),
             listeners: Mutex::default(),
             rules,
+            reads_labels: true,
         }
+    }
+
+    /// All that are watched are served, and nobody asks what they say of themselves, as where that is not allowed.
+    pub fn without_labels(mut self) -> Self {
+        self.reads_labels = false;
+        self.reading.send_replace(0);
+        self
     }
 
     /// Registers what is counted.
@@ -77,6 +87,7 @@ impl Namespaces {
     pub fn choice(&self, namespace: &str) -> Option<Choice> {
         match &self.rules.watched {
             Some(watched) if !watched.contains(namespace) => Some(Choice::Unwatched),
+            _ if !self.reads_labels => Some(Choice::Served),
             _ => self.known().get(namespace).copied(),
         }
     }

@@ -5,7 +5,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource as _};
+use kube::{Api, Resource as _};
 use tokio::sync::{Notify, watch};
 use tokio_stream::StreamExt as _;
 
@@ -25,7 +25,7 @@ use crate::sys::clock;
 /// What a watch has told is believed until it tells otherwise, also while the API server is away. What it has not told is
 /// read once, and if that fails it is unknown.
 pub struct Objects {
-    client: Client,
+    cluster: Cluster,
     live: Live,
     pub(super) accounts: Kept<Accounts>,
     /// Accounts that came, went or were replaced, for who follows them.
@@ -33,6 +33,8 @@ pub struct Objects {
     pods: Kept<Pods>,
     nodes: Kept<NodeNames>,
     nodes_wanted: Notify,
+    /// Without, nothing is known of them but what is read once.
+    follows_pods: bool,
     metrics: Metrics,
 }
 
@@ -47,24 +49,37 @@ impl Objects {
     pub fn new(cluster: &Cluster) -> Self {
         let metrics = cluster.metrics.clone();
         Self {
-            client: cluster.client.clone(),
+            cluster: cluster.clone(),
             live: Live::new(cluster.client.clone(), metrics.clone()),
             accounts: Kept::default(),
             changed: Changed::default(),
             pods: Kept::default(),
             nodes: Kept::default(),
             nodes_wanted: Notify::new(),
+            follows_pods: true,
             metrics,
         }
+    }
+
+    /// Does not follow pods, as where that is not allowed.
+    pub fn without_pods(mut self) -> Self {
+        self.follows_pods = false;
+        self.pods.complete.send_replace(true);
+        self
     }
 
     /// Follows the cluster for ever. Nodes are followed once somebody has asked for one, since few need them.
     pub async fn follow(&self) {
         let nodes = async {
             self.nodes_wanted.notified().await;
-            self.watch(&self.nodes).await;
+            self.watch(&self.nodes, Api::all(self.cluster.client.clone())).await;
         };
-        tokio::join!(self.watch(&self.accounts), self.watch(&self.pods), nodes);
+        let pods = async {
+            if self.follows_pods {
+                self.watch(&self.pods, self.cluster.all()).await;
+            }
+        };
+        tokio::join!(self.watch(&self.accounts, self.cluster.all()), pods, nodes);
     }
 
     /// Waits until all accounts and pods have been seen once.
@@ -91,10 +106,9 @@ impl Objects {
         &self.metrics
     }
 
-    async fn watch<M: Memory>(&self, kept: &Kept<M>) {
+    async fn watch<M: Memory>(&self, kept: &Kept<M>, api: Api<Seen<M::Kind>>) {
         let what = M::Kind::plural(&());
         self.metrics.watched(&what);
-        let api: Api<Seen<M::Kind>> = Api::all(self.client.clone());
         let mut events = pin!(watcher(api, watcher::Config::default()).default_backoff());
         let mut fresh = M::default();
         while let Some(event) = events.next().await {
@@ -108,6 +122,7 @@ impl Objects {
                     tracing::info!(%what, count = fresh.len(), "all have been read from the API server");
                     let differences = kept.replace(std::mem::take(&mut fresh));
                     self.changed.note(differences);
+                    kept.complete.send_replace(true);
                 }
                 Ok(Event::Apply(seen)) => {
                     let newcomer = kept.write().apply(&seen);
@@ -252,7 +267,6 @@ impl<M: Memory> Kept<M> {
     /// Tells which accounts are not the same.
     fn replace(&self, all: M) -> Vec<ServiceAccount> {
         let before = std::mem::replace(&mut *self.write(), all);
-        self.complete.send_replace(true);
         // Without the writer's lock: it may be large.
         self.read().differences(&before)
     }

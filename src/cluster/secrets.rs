@@ -10,9 +10,9 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kube::Api;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_stream::{Stream, StreamExt as _};
@@ -36,7 +36,7 @@ const LAST_PAUSE: u64 = 8_000;
 
 /// The secrets of a cluster's accounts.
 pub struct Secrets {
-    client: Client,
+    cluster: Cluster,
     requests: Requests,
     objects: Arc<Objects>,
     wanted: Wanted,
@@ -69,7 +69,7 @@ impl Secrets {
         own: &str,
     ) -> Self {
         Self {
-            client: cluster.client.clone(),
+            cluster: cluster.clone(),
             requests: Requests::new(cluster.client.clone(), leadership),
             objects,
             wanted,
@@ -81,7 +81,7 @@ impl Secrets {
 
     /// Follows what is there. The accounts have to be known by then.
     pub fn watch(self: &Arc<Self>) -> SecretWatch {
-        let api: Api<Stored> = Api::all(self.client.clone());
+        let api: Api<Stored> = self.cluster.all();
         let config = watcher::Config::default().fields(&format!("type={TYPE}")).page_size(PAGE);
         let events = watcher(api, config).backoff(Pauses(FIRST_PAUSE));
         self.objects.metrics().watched("secrets");

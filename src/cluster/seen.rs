@@ -10,6 +10,7 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::core::policy::Wishes;
 use crate::core::selection;
 
 /// Something of the kind `K`.
@@ -28,6 +29,8 @@ pub(super) struct Seen<K> {
     pub(super) ended: bool,
     /// Of an account: what it says of being delivered to.
     pub(super) deliver: Option<bool>,
+    /// And of what is delivered.
+    pub(super) wishes: Option<Box<Wishes>>,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -55,6 +58,7 @@ impl<K> Clone for Seen<K> {
             account: self.account.clone(),
             ended: self.ended,
             deliver: self.deliver,
+            wishes: self.wishes.clone(),
             kind: PhantomData,
         }
     }
@@ -128,7 +132,29 @@ struct Metadata {
 struct Said {
     #[serde(rename = "mica.dev/deliver")]
     deliver: Option<String>,
+    #[serde(rename = "mica.dev/ttl")]
+    ttl: Option<String>,
+    #[serde(rename = "mica.dev/key-kind")]
+    key_kind: Option<String>,
+    #[serde(rename = "mica.dev/dns-names")]
+    dns_names: Option<String>,
 }
+
+impl Said {
+    fn wishes(&self) -> Option<Box<Wishes>> {
+        // It is refused as what it is.
+        let short = |text: &Option<String>| match text {
+            Some(text) if text.len() > LONGEST_WISH => Some("(too long)".to_owned()),
+            text => text.clone(),
+        };
+        let [ttl, key_kind, dns_names] = [&self.ttl, &self.key_kind, &self.dns_names].map(short);
+        let wishes = Wishes { ttl, key_kind, dns_names };
+        (wishes != Wishes::default()).then(|| Box::new(wishes))
+    }
+}
+
+/// So much of an annotation is read.
+const LONGEST_WISH: usize = 4096;
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -155,6 +181,7 @@ impl<K> From<Wire> for Seen<K> {
             node: wire.spec.node_name,
             account: wire.spec.service_account_name,
             ended: matches!(wire.status.phase.as_deref(), Some("Failed" | "Succeeded")),
+            wishes: annotations.wishes(),
             deliver: selection::deliver(labels.deliver.as_deref(), annotations.deliver.as_deref()),
             kind: PhantomData,
         }

@@ -14,7 +14,7 @@ use crate::core::authority_files::{CA_CERT, CA_KEY, CERT_CHAIN, ROOT_CERT};
 use crate::core::lifetime::Lifetime;
 use crate::core::policy::SHORTEST;
 use crate::core::profile::Organization;
-use crate::core::spiffe::ServiceAccount;
+use crate::core::spiffe::is_namespace;
 
 /// Where Mica does something else than istio-ca did, whatever its flags say. Said once in the log, and in the help.
 pub const DIFFERENCES: [&str; 7] = [
@@ -158,10 +158,6 @@ pub enum Command {
 /// What istio-ca's flags ask of `mica serve --kube` that no flag of its own does.
 #[derive(Clone, Debug)]
 pub struct IstioCa {
-    /// The namespace of the authority's secret.
-    pub storage_namespace: String,
-    /// The only one to serve.
-    pub namespace: Option<String>,
     /// Which API server.
     pub kubeconfig: Option<PathBuf>,
     /// An authority that is brought, by the names its files have in a folder; without it, one is kept in the cluster.
@@ -208,9 +204,11 @@ impl Args {
         if matches.value_source("max_ttl") == Some(ValueSource::DefaultValue) {
             args.max_ttl = lifetime;
         }
+        args.namespace = Some(self.storage_namespace()?);
+        args.watch_namespaces = self.watched_namespace()?.into_iter().collect();
+        // Of the cluster's objects istio-ca wrote secrets alone.
+        args.cluster_trust_bundle = false;
         args.istio_ca = Some(Box::new(IstioCa {
-            storage_namespace: self.storage_namespace()?,
-            namespace: self.watched_namespace()?,
             kubeconfig: given(&self.kube_config),
             authority: self.authority()?,
             organization: self.self_signed_ca_org.clone(),
@@ -278,10 +276,12 @@ fn given(path: &Path) -> Option<PathBuf> {
 }
 
 fn namespace(whose: &str, name: &str) -> Result<String, clap::Error> {
-    match ServiceAccount::new(name, "default") {
-        Ok(account) => Ok(account.namespace().to_owned()),
-        Err(fault) => Err(refused(format_args!("{whose}: {fault}"))),
+    if is_namespace(name) {
+        return Ok(name.to_owned());
     }
+    Err(refused(format_args!(
+        "{whose}: no namespace can have the name {name:?}: give 1 to 63 of a-z, 0-9 and -, with none of them - at an end"
+    )))
 }
 
 fn whole(duration: Duration) -> Option<Lifetime> {
@@ -359,8 +359,9 @@ mod tests {
         assert_eq!(args.grpc_address, "0.0.0.0:8060".parse().unwrap());
         assert_eq!((args.ttl, args.max_ttl), (Lifetime::from_secs(3_600), Lifetime::from_secs(3_600)));
         assert_eq!(args.dns_names[0].to_string(), "istio-ca");
+        assert_eq!(args.namespace.as_deref(), Some("istio-system"));
         let ours = args.istio_ca.unwrap();
-        assert_eq!((ours.storage_namespace.as_str(), ours.namespace), ("istio-system", None));
+        assert!(args.watch_namespaces.is_empty());
         assert_eq!(ours.organization.as_str(), "k8s.cluster.local");
         assert_eq!(ours.root_lifetime, Lifetime::from_secs(365 * 86_400));
         assert!(ours.grpc && ours.authority.is_none() && ours.kubeconfig.is_none());
@@ -409,8 +410,7 @@ mod tests {
     fn the_variable_namespace_chooses_both() {
         let ours = |arguments: &[&str]| {
             let args = parsed(&[arguments, &["--self-signed-ca"]].concat()).unwrap();
-            let ours = args.istio_ca.unwrap();
-            (ours.storage_namespace, ours.namespace)
+            (args.namespace.unwrap(), args.watch_namespaces.into_iter().next())
         };
         let both = |storage: &str, watched: Option<&str>| (storage.to_owned(), watched.map(str::to_owned));
         // The flag is the variable's stand-in, since tests run beside each other.

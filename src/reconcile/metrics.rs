@@ -41,6 +41,7 @@ struct Of {
 pub struct Metrics {
     identities: Family<Of, Gauge>,
     failures: Counter,
+    refused: Counter,
     created: Unsuffixed,
     deleted: Unsuffixed,
     repaired: Unsuffixed,
@@ -57,6 +58,11 @@ impl Metrics {
             "mica_delivery_failures",
             "Attempts to read, deliver or remove an identity that failed",
             self.failures.clone(),
+        );
+        registry.register(
+            "mica_delivery_wishes_refused",
+            "Annotations and DNS names of accounts that were not granted, each time something was delivered without them",
+            self.refused.clone(),
         );
         registry.register(
             "citadel_secret_controller_svc_acc_created_cert_count",
@@ -96,6 +102,10 @@ impl Metrics {
 
     pub(super) fn failed(&self) {
         self.failures.inc();
+    }
+
+    pub(super) fn refused(&self, wishes: usize) {
+        self.refused.inc_by(wishes as u64);
     }
 
     pub(super) fn moved(&self, from: Option<State>, to: Option<State>) {

@@ -23,6 +23,8 @@ use crate::authority::Authority;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
 use crate::core::plan::{Observed, Why};
+use crate::core::policy::Delivery;
+use crate::core::refusal::Refusal;
 use crate::core::spiffe::ServiceAccount;
 use crate::sink::{self, Sink};
 use crate::source::Change;
@@ -47,13 +49,39 @@ pub enum Event {
     Issuer,
 }
 
-/// What is delivered.
-#[derive(Clone, Copy, Debug)]
+/// What is delivered to an account, or why nothing is.
+pub type Terms = Arc<dyn Fn(&ServiceAccount) -> Result<Delivery, Refusal> + Send + Sync>;
+/// Hears what somebody should know of an account.
+pub type Tell = Arc<dyn Fn(&ServiceAccount, News<'_>) + Send + Sync>;
+
+/// What is delivered, and who is told.
+#[derive(Clone)]
 pub struct Options {
-    /// The lifetime of leaves.
-    pub lifetime: Lifetime,
-    /// The kind of their keys.
-    pub key_kind: KeyKind,
+    /// What is delivered to whom.
+    pub terms: Terms,
+    /// Who hears of what.
+    pub tell: Tell,
+}
+
+/// What somebody should know of an account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News<'a> {
+    /// Its place is taken by something that Mica did not write.
+    Taken(&'a str),
+    /// What was delivered was not good any more, and was delivered again.
+    Repaired(&'a str),
+    /// It asks for more than it may have.
+    Refused(&'a str),
+    /// It has no good certificate, again and again.
+    NotServed(&'a str),
+}
+
+impl Options {
+    /// The same for everybody, and nobody is told.
+    pub fn fixed(lifetime: Lifetime, key_kind: KeyKind) -> Self {
+        let delivery = Delivery { lifetime, key: (key_kind, false), dns: Vec::new(), refused: Vec::new() };
+        Self { terms: Arc::new(move |_| Ok(delivery.clone())), tell: Arc::new(|_, _| {}) }
+    }
 }
 
 /// How the first pass went.
@@ -88,10 +116,12 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 /// An issuer that cannot issue is asked again this often.
 const ISSUER_RETRY: Duration = Duration::from_secs(15);
 /// A place that is taken, or in a namespace that goes, is looked at again this often.
-const TAKEN_RETRY: Duration = Duration::from_secs(60);
+const TAKEN_RETRY: Duration = Duration::from_secs(30);
 /// So many repairs are done at once; each further one waits twice as long as the one before, since it undoes what
 /// somebody does.
 const REPAIRS: u8 = 20;
+/// After so many failures in a row somebody is told.
+const NOT_SERVED: u8 = 4;
 const LONGEST_TRUCE: Duration = Duration::from_secs(5 * 60);
 /// And after so long without one they are forgotten.
 const PEACE: Duration = Duration::from_secs(10 * 60);
@@ -195,11 +225,18 @@ impl<S: Sink> Reconciler<S> {
         stop: watch::Receiver<bool>,
         progress: Progress,
     ) -> Self {
-        let judge = Judge::new(authority.clone());
+        let judge = Judge::new(authority.clone(), options.terms.clone());
         metrics.begin();
         Self {
-            worker: Arc::new(Worker { authority, judge, sink, options, stop: stop.clone() }),
-            metrics,
+            worker: Arc::new(Worker {
+                authority,
+                judge,
+                sink,
+                options,
+                metrics: metrics.clone(),
+                stop: stop.clone(),
+            }),
+            metrics: metrics.clone(),
             entries: HashMap::new(),
             timers: BTreeSet::new(),
             queue: VecDeque::new(),
@@ -594,12 +631,16 @@ impl<S: Sink> Reconciler<S> {
                         first.report.issued += 1;
                     }
                     self.metrics.delivered(&why);
+                    if let Why::Repair(fault) = &why {
+                        (self.worker.options.tell)(&account, News::Repaired(fault));
+                    }
+                    let is_repair = matches!(why, Why::Repair(_));
                     self.wait(&account, good.renew_at);
                     let now = clock::now();
                     self.note(&account, |entry| {
                         entry.observed = Some(Observed::Good(good));
                         entry.failures = 0;
-                        if matches!(why, Why::Repair(_)) {
+                        if is_repair {
                             entry.repairs = entry.repairs.saturating_add(1);
                             entry.repaired_at = now.unix_timestamp();
                         }
@@ -667,6 +708,7 @@ impl<S: Sink> Reconciler<S> {
         let Some(entry) = self.entries.get(account) else { return };
         if entry.desired && entry.counted != Some(State::Foreign) {
             tracing::warn!(%account, %why, "not delivered: its place is taken by something that mica did not write");
+            (self.worker.options.tell)(account, News::Taken(why));
         }
     }
 
@@ -681,6 +723,17 @@ impl<S: Sink> Reconciler<S> {
             }
             Fault::Sink(sink::Error::Ending) => {
                 self.note(account, |entry| entry.observed = observed);
+                return self.wait(account, now + jittered(TAKEN_RETRY, account, 0));
+            }
+            Fault::Refused(ref refusal) => {
+                (self.worker.options.tell)(account, News::NotServed(&refusal.sentence));
+                if self.entry(account).failures == 0 {
+                    tracing::warn!(%account, sentence = %refusal.sentence, detail = refusal.detail, "not delivered: policy does not allow it");
+                }
+                self.note(account, |entry| {
+                    entry.observed = observed;
+                    entry.failures = 1;
+                });
                 return self.wait(account, now + jittered(TAKEN_RETRY, account, 0));
             }
             _ => {}
@@ -702,6 +755,9 @@ impl<S: Sink> Reconciler<S> {
             return;
         }
         self.metrics.failed();
+        if failures == NOT_SERVED {
+            (self.worker.options.tell)(account, News::NotServed(&fault.to_string()));
+        }
         if self.faults.len() < LOGGED {
             self.faults.push((account.clone(), fault));
         } else {
@@ -757,3 +813,6 @@ fn jittered(wait: Duration, account: &ServiceAccount, time: u8) -> Duration {
             f64::from(u32::try_from(hasher.finish() >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX) / 2.0,
         )
 }
+
+#[cfg(test)]
+mod tests;

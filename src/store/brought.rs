@@ -1,7 +1,8 @@
-//! An authority that the user brings: a folder of Istio's plug-in files, or of a TLS secret, read again when it changes.
+//! An authority that the user brings: a folder of Istio's plug-in files, or of a TLS secret, or such files wherever they
+//! are; read again when they change.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
@@ -26,10 +27,19 @@ const LOOK: Duration = Duration::from_secs(3);
 
 type Files = BTreeMap<String, Zeroizing<Vec<u8>>>;
 
-/// An authority in a folder of the user's.
+/// Where the user has an authority.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// In a folder, whose names say what they are.
+    Folder(PathBuf),
+    /// In files of any names, each with the one that it has in a folder.
+    Files(Vec<(&'static str, PathBuf)>),
+}
+
+/// An authority that is the user's.
 pub struct BroughtStore {
     data: Dir,
-    folder: PathBuf,
+    place: Place,
     passphrase: Option<Zeroizing<Vec<u8>>>,
     watcher: Option<Watcher<()>>,
     /// As last read; the error in words.
@@ -39,13 +49,9 @@ pub struct BroughtStore {
 }
 
 impl BroughtStore {
-    /// Takes the data folder, whose lock the caller holds and in which the root is remembered, and the user's folder.
-    pub fn new(data: Dir, folder: PathBuf, passphrase: Option<Zeroizing<Vec<u8>>>) -> Self {
-        Self { data, folder, passphrase, watcher: None, files: None, known: None }
-    }
-
-    fn read(&self) -> Result<Files, files::Error> {
-        files::read_named(&self.folder, &authority_files::NAMES, MAX_FILE as u64)
+    /// Takes the data folder, whose lock the caller holds and in which the root is remembered, and the user's place.
+    pub fn new(data: Dir, place: Place, passphrase: Option<Zeroizing<Vec<u8>>>) -> Self {
+        Self { data, place, passphrase, watcher: None, files: None, known: None }
     }
 
     fn check_root(&self, known: &TrustBundle, issuer: &Issuer) -> Result<(), Error> {
@@ -55,14 +61,16 @@ impl BroughtStore {
         Err(Error::ChangedRoot {
             known: pin::fingerprints(known),
             brought: pin::fingerprints(issuer.bundle()),
-            folder: self.folder.clone(),
+            folder: self.place.path(),
             data: self.data.path().to_owned(),
         })
     }
 
     fn watch(&self) -> Option<Watcher<()>> {
         let mut watcher = Watcher::new().ok()?;
-        watcher.watch(&self.folder, ()).ok()?;
+        for folder in self.place.folders() {
+            watcher.watch(folder, ()).ok()?;
+        }
         Some(watcher)
     }
 }
@@ -71,12 +79,12 @@ impl AuthorityStore for BroughtStore {
     async fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, Error> {
         // Before the files are read, so that a change in between is seen.
         self.watcher = self.watch();
-        let files = self.read();
+        let files = self.place.read();
         self.files = Some(files.as_ref().map(Clone::clone).map_err(ToString::to_string));
         let files = files?;
         let passphrase = self.passphrase.as_ref().map(|p| p.as_slice());
         let issuer = authority_files::issuer(&files, passphrase, trust_domain)
-            .map_err(|fault| Error::Brought { folder: self.folder.clone(), fault })?;
+            .map_err(|fault| Error::Brought { folder: self.place.path(), fault })?;
         if let Some(known) = &self.known {
             self.check_root(known, &issuer)?;
         }
@@ -107,9 +115,70 @@ impl AuthorityStore for BroughtStore {
                 }
                 None => sleep(LOOK).await,
             }
-            if self.files != Some(self.read().map_err(|fault| fault.to_string())) {
+            if self.files != Some(self.place.read().map_err(|fault| fault.to_string())) {
                 return;
             }
         }
+    }
+}
+
+impl Place {
+    fn read(&self) -> Result<Files, files::Error> {
+        let files = match self {
+            Self::Folder(folder) => {
+                return files::read_named(folder, &authority_files::NAMES, MAX_FILE as u64);
+            }
+            Self::Files(files) => files,
+        };
+        let mut read = Files::new();
+        for folder in self.folders() {
+            // Those of one folder together, so that they are of one set where it is swapped as a whole.
+            let here: Vec<_> = files.iter().filter(|(_, path)| folder_of(path) == folder).collect();
+            let names: Vec<_> =
+                here.iter().filter_map(|(_, path)| path.file_name().and_then(|name| name.to_str())).collect();
+            let found = files::read_named(folder, &names, MAX_FILE as u64)?;
+            for (name, path) in here {
+                let file = path.file_name().and_then(|file| file.to_str()).unwrap_or_default();
+                let bytes = found.get(file).cloned().ok_or_else(|| files::Error::Io {
+                    path: path.clone(),
+                    source: std::io::ErrorKind::NotFound.into(),
+                })?;
+                read.insert((*name).to_owned(), bytes);
+            }
+        }
+        // The root's own CA has none above it.
+        read.entry(authority_files::CERT_CHAIN.to_owned()).or_default();
+        Ok(read)
+    }
+
+    fn folders(&self) -> Vec<&Path> {
+        match self {
+            Self::Folder(folder) => vec![folder],
+            Self::Files(files) => {
+                let mut folders: Vec<_> = files.iter().map(|(_, path)| folder_of(path)).collect();
+                folders.sort_unstable();
+                folders.dedup();
+                folders
+            }
+        }
+    }
+
+    /// How errors name it.
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Folder(folder) => folder.clone(),
+            Self::Files(files) => {
+                let named: Vec<_> =
+                    files.iter().map(|(name, path)| format!("{} (as {name})", path.display())).collect();
+                named.join(", ").into()
+            }
+        }
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     }
 }

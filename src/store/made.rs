@@ -29,12 +29,21 @@ pub struct Made {
 impl Made {
     /// Makes one.
     pub fn new(trust_domain: &TrustDomain) -> Result<Self, Error> {
-        let key = keys::generate(KeyKind::P256)?;
-        let signing = key.signing()?;
         let organization: Organization =
             trust_domain.as_str().parse().unwrap_or_else(|_| Organization::default());
-        let profile = Profile::Root { organization: &organization, trust_domain };
-        let root = issuer::root(&signing, &profile, LIFETIME, clock::now(), keys::serial_number()?)?;
+        Self::of(trust_domain, &organization, LIFETIME)
+    }
+
+    /// Makes one of this organization, for so long.
+    pub fn of(
+        trust_domain: &TrustDomain,
+        organization: &Organization,
+        lifetime: Lifetime,
+    ) -> Result<Self, Error> {
+        let key = keys::generate(KeyKind::P256)?;
+        let signing = key.signing()?;
+        let profile = Profile::Root { organization, trust_domain };
+        let root = issuer::root(&signing, &profile, lifetime, clock::now(), keys::serial_number()?)?;
         let root = Certificate::from_der(root.der()).map_err(issuer::Error::from)?;
         let bundle =
             TrustBundle::new([root.clone()]).map_err(|fault| Error::Bundle { path: ROOTS.into(), fault })?;

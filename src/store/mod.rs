@@ -8,7 +8,7 @@ mod pin;
 use std::future::Future;
 use std::path::PathBuf;
 
-pub use brought::BroughtStore;
+pub use brought::{BroughtStore, Place};
 pub use made::Made;
 pub use own::OwnStore;
 pub use pin::fingerprints;

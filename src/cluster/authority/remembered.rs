@@ -57,11 +57,15 @@ impl Kept {
         if self.published()?.is_some() {
             return Ok(Some(self.data.path().join(ROOTS).display().to_string()));
         }
-        for (resource, kind, selector) in TRACES {
+        let traces = if self.as_istio_ca.is_some() { &TRACES[1..] } else { &TRACES[..] };
+        let namespace = self.only.as_deref();
+        let path =
+            namespace.map_or_else(|| "/api/v1".to_owned(), |name| format!("/api/v1/namespaces/{name}"));
+        for (resource, kind, selector) in traces {
             let mut params = ListParams::default().fields(selector).limit(PAGE);
             for _ in 0..PAGES {
-                let what = Call { verb: "list", resource, namespace: None, name: None };
-                let request = Request::new(format!("/api/v1/{resource}")).list(&params);
+                let what = Call { verb: "list", resource, namespace, name: None };
+                let request = Request::new(format!("{path}/{resource}")).list(&params);
                 let page: Page = call(&self.client, what, request).await?;
                 if let Some(found) = page.items.iter().find(|item| item.carries_a_root(kind)) {
                     let Metadata { namespace, name } = &found.metadata;

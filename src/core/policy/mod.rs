@@ -147,6 +147,30 @@ pub struct Decision {
     pub renewable_until: Option<OffsetDateTime>,
 }
 
+/// What an account asks for beside its identity, in its annotations. Whoever may write its namespace has written them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// The lifetime.
+    pub ttl: Option<String>,
+    /// The kind of the key.
+    pub key_kind: Option<String>,
+    /// DNS names, with commas in between.
+    pub dns_names: Option<String>,
+}
+
+/// What is delivered to an account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// How long it is valid.
+    pub lifetime: Lifetime,
+    /// The kind of its key, and whether the account has asked for it.
+    pub key: (KeyKind, bool),
+    /// The DNS names that it has.
+    pub dns: Vec<DnsName>,
+    /// What the account has asked for and does not get, and why, in words.
+    pub refused: Vec<String>,
+}
+
 /// Why a DNS name is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LeftOut {
@@ -316,6 +340,68 @@ impl Policy {
             left_out,
             renewable_until,
         })
+    }
+
+    /// What is delivered to an account without being asked for over the network: its wishes count within what it could
+    /// ask for. `made` are the kinds of keys that can be made, the default first.
+    pub fn deliver(
+        &self,
+        account: &ServiceAccount,
+        wishes: &Wishes,
+        made: &[KeyKind],
+    ) -> Result<Delivery, Refusal> {
+        let rules = self.rules(account);
+        rules.denied(account)?;
+        let mut refused = Vec::new();
+        let mut lifetime = rules.lifetime.value;
+        if let Some(text) = &wishes.ttl {
+            let asked = text.parse::<Lifetime>().map_err(|fault| fault.to_string()).and_then(|asked| {
+                if asked < SHORTEST {
+                    return Err(format!(
+                        "a lifetime of {asked} is shorter than {SHORTEST}, which is the least"
+                    ));
+                }
+                rules.lifetime(account, Some(asked)).map_err(|refusal| refusal.sentence.to_string())
+            });
+            match asked {
+                Ok(granted) => lifetime = granted.value,
+                Err(fault) => refused.push(fault),
+            }
+        }
+        let allowed = made.iter().copied().find(|kind| rules.keys.value.contains(kind));
+        let Some(kind) = allowed else {
+            let (allowed, origin) = (rules.kinds(), &rules.keys.origin);
+            let sentence = format!(
+                "nothing can be delivered to {account}: {origin} allows {allowed}, and mica makes none of these keys; allow p256"
+            );
+            return Err(Refusal::new(Reason::KeyRefused, sentence).with_detail(origin.located()));
+        };
+        let mut key = (kind, false);
+        if let Some(text) = &wishes.key_kind {
+            let kind = made.iter().copied().find(|kind| kind.as_str() == text).ok_or_else(|| {
+                let made = made.iter().map(|kind| kind.as_str()).collect::<Vec<_>>().join(", ");
+                format!("{:?} is no kind of key that mica makes; there are {made}", shortened(text))
+            });
+            let granted = kind.and_then(|kind| match rules.key(account, Some(kind)) {
+                Ok(()) => Ok(kind),
+                Err(refusal) => Err(refusal.sentence.to_string()),
+            });
+            match granted {
+                Ok(kind) => key = (kind, true),
+                Err(fault) => refused.push(fault),
+            }
+        }
+        let asked: Vec<String> = wishes
+            .dns_names
+            .iter()
+            .flat_map(|names| names.split(','))
+            .map(|name| name.trim().to_owned())
+            .filter(|name| !name.is_empty())
+            .collect();
+        let (dns, left_out) = self.dns(rules, account, &asked);
+        refused
+            .extend(left_out.iter().map(|(name, why)| format!("the DNS name {:?}: {why}", shortened(name))));
+        Ok(Delivery { lifetime, key, dns, refused })
     }
 
     /// The same decision, question by question. Those after a refusal are asked too, so that all is said at once.

@@ -524,3 +524,43 @@ proptest! {
         let _ = Policy::parse(text.as_bytes(), &limits());
     }
 }
+
+#[test]
+fn wishes_count_within_what_is_granted() {
+    let limits = Limits {
+        lifetime: Lifetime::from_secs(86_400),
+        longest: Lifetime::from_secs(90 * 86_400),
+        own_names: Vec::new(),
+    };
+    let text = b"keys: [p384, p256]\nnamespaces: {shop: {longest_lifetime: 48h, dns: [\"*.{namespace}.svc\"]}, bank: {deny: true}, old: {keys: [rsa2048]}}";
+    let policy = Policy::parse(text, &limits).unwrap();
+    let made = [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519];
+    let wishes = |ttl: &str, key_kind: &str, dns_names: &str| {
+        let said = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        Wishes { ttl: said(ttl), key_kind: said(key_kind), dns_names: said(dns_names) }
+    };
+    let of = |namespace: &str, wishes: &Wishes| {
+        policy.deliver(&ServiceAccount::new(namespace, "web").unwrap(), wishes, &made)
+    };
+    for (asked, hours, key, dns, refused) in [
+        (wishes("", "", ""), 24, (KeyKind::P256, false), "", 0),
+        (wishes("48h", "p384", "web.shop.svc"), 48, (KeyKind::P384, true), "web.shop.svc", 0),
+        (wishes("49h", "ed25519", "web.bank.svc"), 24, (KeyKind::P256, false), "", 3),
+        (wishes("9s", "rsa2048", "*.shop.svc, a.shop.svc ,"), 24, (KeyKind::P256, false), "a.shop.svc", 3),
+        (wishes("soon", "P256", "(too long)"), 24, (KeyKind::P256, false), "", 3),
+    ] {
+        let delivery = of("shop", &asked).unwrap();
+        let names: Vec<_> = delivery.dns.iter().map(|name| name.as_str()).collect();
+        assert_eq!(delivery.lifetime, Lifetime::from_secs(hours * 3_600), "{asked:?}");
+        assert_eq!((delivery.key, names.join(",").as_str()), (key, dns), "{asked:?}");
+        assert_eq!(delivery.refused.len(), refused, "{asked:?} {:?}", delivery.refused);
+    }
+    let first_allowed = policy.deliver(
+        &ServiceAccount::new("shop", "web").unwrap(),
+        &Wishes::default(),
+        &[KeyKind::Ed25519, KeyKind::P384],
+    );
+    assert_eq!(first_allowed.unwrap().key, (KeyKind::P384, false));
+    assert_eq!(of("bank", &Wishes::default()).unwrap_err().reason, Reason::IdentityDenied);
+    assert_eq!(of("old", &wishes("", "p256", "")).unwrap_err().reason, Reason::KeyRefused);
+}

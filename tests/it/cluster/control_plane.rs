@@ -33,6 +33,15 @@ use crate::parts;
 pub(crate) const HOME: &str = "istio-system";
 /// Whose tokens the API server makes.
 pub(crate) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+/// What the API server writes down.
+const AUDITED: &str = "\
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- {level: Metadata, users: ['system:serviceaccount:istio-system:mica']}
+- {level: None}
+";
 /// A start takes three to five seconds on a quiet machine.
 const START: Duration = Duration::from_secs(90);
 
@@ -137,7 +146,11 @@ impl ControlPlane {
     /// A namespace of a name that no other test has.
     pub(crate) fn namespace(&self) -> TestNamespace<'_> {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let name = format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed));
+        self.named_namespace(&format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    pub(crate) fn named_namespace(&self, name: &str) -> TestNamespace<'_> {
+        let name = name.to_owned();
         self.make_namespace(&name);
         TestNamespace { plane: self, name }
     }
@@ -172,7 +185,10 @@ impl ControlPlane {
             .args(["--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction"])
             .arg(format!("--service-account-issuer={ISSUER}"))
             .arg("--profiling=false");
+        fs::write(self.folder.join("audit-policy.yaml"), AUDITED).unwrap();
         for (flag, file) in [
+            ("audit-policy-file", "audit-policy.yaml"),
+            ("audit-log-path", "audit.log"),
             ("tls-cert-file", "kube-apiserver.crt"),
             ("tls-private-key-file", "kube-apiserver.key"),
             ("client-ca-file", "ca.crt"),
@@ -233,6 +249,13 @@ impl ControlPlane {
         let text = fs::read_to_string(self.folder.join(format!("{name}.log"))).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
+    /// What the account of `manifests/` has asked for, one event a line.
+    pub(crate) fn audit(&self) -> Vec<Value> {
+        let text = fs::read_to_string(self.folder.join("audit.log")).unwrap_or_default();
+        // The last line may not be whole yet.
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     fn start_etcd(&self) {

@@ -2,11 +2,14 @@
 
 mod control_plane;
 mod events;
+mod istio_ca;
 mod knowledge;
 mod lease;
 mod manifests;
+mod namespaces;
 mod node;
 mod pods;
+mod roots;
 mod secrets;
 mod served;
 mod sidecars;

@@ -5,17 +5,19 @@ use std::fs;
 use std::time::Duration;
 
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
+use k8s_openapi::api::events::v1::Event;
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
 use mica::core::plan::{CertificateSet, judge};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::control_plane::{ControlPlane, TestNamespace, runtime};
+use super::control_plane::{ControlPlane, HOME, TestNamespace, runtime};
 use super::served::start;
+use crate::parts;
 use crate::serve::{Place, wait_for};
 
 const TYPE: &str = "istio.io/key-and-cert";
@@ -213,6 +215,14 @@ fn what_others_do_to_a_secret_is_undone() {
     secrets.patch("web", &json!({"immutable": true}));
     let immutable = secrets.get("web").unwrap();
     assert_eq!(immutable.immutable, Some(true));
+    let other = json!({"metadata": {"ownerReferences": [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "name": "web", "uid": "00000000-0000-0000-0000-000000000000"},
+    ]}});
+    secrets.patch("web", &other);
+    serial = secrets.wait_for_another("web", &serial, PROMPT);
+    let secret = secrets.get("web").unwrap();
+    assert_eq!(secret.immutable, None);
+    assert_eq!(secrets.judge("web", &secret).unwrap(), serial);
     mica.stop();
 }
 
@@ -231,4 +241,260 @@ fn a_short_lived_secret_is_renewed_with_another_key() {
     secrets.wait_for_another("web", &second, Duration::from_secs(16));
     assert_eq!(mica.metric("mica_delivery_failures_total"), 0.0);
     mica.stop();
+}
+
+/// A secret as Istio's CA made them: an RSA key in PKCS#1, and neither label nor owner.
+fn istios(plane: &ControlPlane, namespace: &str, account: &str) -> Value {
+    let api: Api<Secret> = Api::namespaced(plane.client(), HOME);
+    let authority = runtime().block_on(api.get("istio-ca-secret")).unwrap().data.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for name in ["ca-cert.pem", "ca-key.pem"] {
+        fs::write(path(name), &authority[name].0).unwrap();
+    }
+    fs::write(
+        path("extensions"),
+        format!(
+            "subjectAltName=URI:spiffe://cluster.local/ns/{namespace}/sa/{account}\n\
+             keyUsage=critical,digitalSignature,keyEncipherment\n\
+             extendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=critical,CA:FALSE\n"
+        ),
+    )
+    .unwrap();
+    for arguments in [
+        "genrsa -traditional -out key.pem 2048",
+        "req -new -key key.pem -subj /O=cluster.local -out csr.pem",
+        "x509 -req -in csr.pem -CA ca-cert.pem -CAkey ca-key.pem -days 7 -extfile extensions -out cert-chain.pem",
+    ] {
+        let made = parts::openssl().args(arguments.split(' ')).current_dir(folder.path()).output().unwrap();
+        assert!(made.status.success(), "{arguments}: {made:?}");
+    }
+    let text = |name: &str| fs::read_to_string(path(name)).unwrap();
+    assert!(text("key.pem").starts_with("-----BEGIN RSA PRIVATE KEY-----"));
+    json!({
+        "metadata": {
+            "name": format!("istio.{account}"),
+            "annotations": {"istio.io/service-account.name": account},
+        },
+        "type": TYPE,
+        "data": {
+            "cert-chain.pem": base64(&text("cert-chain.pem")),
+            "key.pem": base64(&text("key.pem")),
+            "root-cert.pem": base64(&text("ca-cert.pem")),
+        },
+    })
+}
+
+#[test]
+fn istios_secrets_are_taken_over_and_others_left_alone() {
+    let (place, plane) = (Place::new(), ControlPlane::start());
+    // For a root.
+    start(&place, &plane, &[]).stop();
+    let namespace = plane.namespace();
+    let secrets = Secrets::new(&plane, &namespace, &place);
+    let accounts: BTreeMap<_, _> =
+        ["kept", "damaged", "opaque", "unnamed", "other"].map(|name| (name, namespace.account(name))).into();
+    secrets.create(&istios(&plane, &namespace.name, "kept"));
+    let mut damaged = istios(&plane, &namespace.name, "damaged");
+    damaged["data"]["root-cert.pem"] = base64("garbage").into();
+    secrets.create(&damaged);
+    let foreign: Vec<_> = [
+        json!({"metadata": {"name": "istio.opaque"}, "type": "Opaque", "data": {"x": base64("x")}}),
+        json!({"metadata": {"name": "istio.unnamed"}, "type": TYPE, "data": {"x": base64("x")}}),
+        json!({"metadata": {"name": "istio.other", "labels": {"mica.dev/managed-by": "elsewhere"},
+            "annotations": {"istio.io/service-account.name": "other"}}, "type": TYPE}),
+        // Not even of an account.
+        json!({"metadata": {"name": "notes"}, "type": TYPE, "data": {"x": base64("x")}}),
+    ]
+    .iter()
+    .map(|secret| secrets.create(secret))
+    .collect();
+    let key = |secret: &Secret| secret.data.as_ref().unwrap()["key.pem"].clone();
+    let before = secrets.get("kept").unwrap();
+
+    let mica = start(&place, &plane, &[]);
+    let kept = secrets.get("kept").unwrap();
+    assert_eq!(key(&kept), key(&before));
+    let serial = secrets.judge("kept", &kept).unwrap();
+    assert_eq!(annotations(&kept)["mica.dev/serial"], serial);
+    assert_eq!(kept.metadata.labels.as_ref().unwrap()["mica.dev/managed-by"], HOME);
+    assert_eq!(kept.metadata.owner_references.as_ref().unwrap()[0].uid, accounts["kept"].uid);
+    secrets.wait("damaged");
+    assert!(key(&secrets.get("damaged").unwrap()).0.starts_with(b"-----BEGIN PRIVATE KEY-----"));
+
+    assert_eq!(mica.metric("mica_identities{state=\"foreign\"}"), 3.0);
+    let events: Api<Event> = Api::namespaced(plane.client(), &namespace.name);
+    wait_for(PROMPT, "the events", || {
+        let told = runtime().block_on(events.list(&ListParams::default())).unwrap();
+        let taken = told.items.iter().filter(|event| event.reason.as_deref() == Some("SecretNameTaken"));
+        let named: Vec<_> = taken.filter_map(|event| event.regarding.as_ref()?.name.clone()).collect();
+        ["opaque", "unnamed", "other"].iter().all(|name| named.iter().any(|told| told == name)).then_some(())
+    });
+    for account in ["opaque", "unnamed", "other"] {
+        namespace.delete_account(account);
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    for secret in &foreign {
+        let now = runtime().block_on(secrets.api.get(secret.metadata.name.as_ref().unwrap())).unwrap();
+        assert_eq!(now, *secret);
+    }
+    assert_eq!(mica.metric("mica_identities{state=\"foreign\"}"), 0.0);
+
+    // Once they are out of the way, the account has its own: at once if it is told of, else soon.
+    namespace.account("unnamed");
+    namespace.account("opaque");
+    wait_for(PROMPT, "both", || (mica.metric("mica_identities{state=\"foreign\"}") == 2.0).then_some(()));
+    secrets.delete("unnamed");
+    secrets.delete("opaque");
+    secrets.wait("unnamed");
+    secrets.wait_for_another("opaque", "", Duration::from_secs(35));
+    mica.stop();
+}
+
+#[test]
+fn what_an_account_asks_for_counts_within_what_policy_grants() {
+    let (place, plane) = (Place::new(), ControlPlane::start());
+    let namespace = plane.namespace();
+    let policy = place.root.path().join("policy.yaml");
+    let name = &namespace.name;
+    let text = format!(
+        "keys: [p256, p384]\nnamespaces:\n  {name}: {{dns: [\"*.{{namespace}}.svc\"], longest_lifetime: 48h}}\n"
+    );
+    fs::write(&policy, text).unwrap();
+    let mica = start(&place, &plane, &["--policy", policy.to_str().unwrap()]);
+    let secrets = Secrets::new(&plane, &namespace, &place);
+    let accounts: Api<ServiceAccount> = Api::namespaced(plane.client(), name);
+    let ask = |account: &str, annotations: &Value| {
+        let account: ServiceAccount =
+            serde_json::from_value(json!({"metadata": {"name": account, "annotations": annotations}}))
+                .unwrap();
+        runtime().block_on(accounts.create(&PostParams::default(), &account)).unwrap();
+    };
+    let leaf = |account: &str| {
+        secrets.wait(account);
+        let chain = secrets.get(account).unwrap().data.unwrap()["cert-chain.pem"].0.clone();
+        Certificate::all_from_pem(&chain).unwrap().remove(0)
+    };
+    let hours = |leaf: &Certificate| (leaf.validity.not_after - leaf.validity.issued_at()).whole_hours();
+    let kind =
+        |leaf: &Certificate| mica::core::key::PublicKey::from_spki(&leaf.spki).unwrap().kind().as_str();
+    let (granted, theirs) = (format!("web.{name}.svc"), "ledger.example.org");
+    ask("some", &json!({"mica.dev/ttl": "48h", "mica.dev/key-kind": "p384", "mica.dev/dns-names": granted}));
+    ask(
+        "more",
+        &json!({
+            "mica.dev/ttl": "49h",
+            "mica.dev/key-kind": "ed25519",
+            "mica.dev/dns-names": format!("{theirs}, {granted}"),
+        }),
+    );
+    namespace.account("none");
+    let [some, more, none] = ["some", "more", "none"].map(leaf);
+    assert_eq!((hours(&some), kind(&some), some.dns.as_slice()), (48, "p384", &[granted.clone()][..]));
+    assert_eq!((hours(&more), kind(&more), more.dns.as_slice()), (24, "p256", &[granted.clone()][..]));
+    assert_eq!((hours(&none), kind(&none), none.dns.len()), (24, "p256", 0));
+    assert_eq!(mica.metric("mica_delivery_wishes_refused_total"), 3.0);
+    let events: Api<Event> = Api::namespaced(plane.client(), name);
+    wait_for(PROMPT, "the event", || {
+        let told = runtime().block_on(events.list(&ListParams::default())).unwrap();
+        told.items.iter().any(|event| event.reason.as_deref() == Some("AnnotationRefused")).then_some(())
+    });
+
+    // A wish that comes later is granted at once.
+    let patch = json!({"metadata": {"annotations": {"mica.dev/dns-names": granted}}});
+    let serial = secrets.serial("none").unwrap();
+    runtime().block_on(accounts.patch("none", &PatchParams::default(), &Patch::Merge(&patch))).unwrap();
+    secrets.wait_for_another("none", &serial, PROMPT);
+    assert_eq!(leaf("none").dns, std::slice::from_ref(&granted));
+
+    // And one that policy grants later, too.
+    let serial = secrets.serial("more").unwrap();
+    fs::write(&policy, format!("namespaces:\n  {name}: {{dns: [\"*.{{namespace}}.svc\", {theirs}]}}\n"))
+        .unwrap();
+    secrets.wait_for_another("more", &serial, PROMPT);
+    assert_eq!(leaf("more").dns, [theirs, &granted]);
+    mica.stop();
+}
+
+/// The versions of all secrets of a namespace.
+fn versions(secrets: &Secrets<'_>) -> BTreeMap<String, String> {
+    let all = runtime().block_on(secrets.api.list(&ListParams::default())).unwrap();
+    let version = |secret: Secret| Some((secret.metadata.name?, secret.metadata.resource_version?));
+    all.items.into_iter().filter_map(version).collect()
+}
+
+/// How often the API server was asked for something about secrets, by verb.
+fn asked(plane: &ControlPlane) -> BTreeMap<String, u64> {
+    let request =
+        kube::core::Request::new("").get("metrics", &kube::core::params::GetParams::default()).unwrap();
+    let page = runtime().block_on(plane.client().request_text(request)).unwrap();
+    let mut found = BTreeMap::new();
+    for line in page.lines().filter(|line| line.starts_with("apiserver_request_total{")) {
+        if line.contains("resource=\"secrets\"") {
+            let verb = line.split("verb=\"").nth(1).unwrap().split('"').next().unwrap();
+            let count = line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+            *found.entry(verb.to_owned()).or_default() += count as u64;
+        }
+    }
+    found
+}
+
+fn all_good(secrets: &Secrets<'_>, accounts: &[String]) -> bool {
+    let all = runtime().block_on(secrets.api.list(&ListParams::default())).unwrap().items;
+    let by_name: BTreeMap<_, _> =
+        all.iter().map(|secret| (secret.metadata.name.clone().unwrap(), secret)).collect();
+    accounts.iter().all(|account| {
+        by_name.get(&format!("istio.{account}")).is_some_and(|secret| secrets.judge(account, secret).is_ok())
+    })
+}
+
+#[test]
+fn an_outage_in_the_middle_of_many_is_caught_up_with_and_a_restart_writes_nothing() {
+    let (place, plane) = (Place::new(), ControlPlane::start());
+    let namespace = plane.namespace();
+    let named = |from: usize, to: usize| (from..to).map(|n| format!("account-{n}")).collect::<Vec<_>>();
+    let first = named(0, 300);
+    first.iter().for_each(|name| drop(namespace.account(name)));
+    let before = asked(&plane);
+    let mica = start(&place, &plane, &[]);
+    let secrets = Secrets::new(&plane, &namespace, &place);
+    assert!(all_good(&secrets, &first));
+    let after = asked(&plane);
+    let more = |verb: &str| after.get(verb).copied().unwrap_or(0) - before.get(verb).copied().unwrap_or(0);
+    // The accounts', those of the namespaces' `default`, and the authority's.
+    assert!((300..=310).contains(&more("POST")), "{before:?} {after:?}");
+    assert!(more("PUT") == 0 && more("GET") <= 10 && more("LIST") <= 5, "{before:?} {after:?}");
+
+    // Nothing that is good is written again, by the next one or by one beside it.
+    let written = versions(&secrets);
+    mica.stop();
+    let mica = start(&place, &plane, &[]);
+    assert!(mica.report().contains("; 0 issued now"), "{}", mica.report());
+    let beside = Place::new();
+    let other = start(&beside, &plane, &[]);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(versions(&secrets), written);
+
+    // Away in the middle of work.
+    let second = named(300, 600);
+    second.iter().take(150).for_each(|name| drop(namespace.account(name)));
+    plane.stop_api_server();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(mica.page("/readyz").0, 200);
+    plane.start_api_server();
+    plane.wait_until_ready();
+    second.iter().skip(150).for_each(|name| drop(namespace.account(name)));
+    wait_for(Duration::from_secs(60), "all secrets", || all_good(&secrets, &second).then_some(()));
+    assert!(all_good(&secrets, &first));
+    let untouched = versions(&secrets);
+    assert!(written.iter().all(|(name, version)| untouched.get(name) == Some(version)));
+
+    // And killed in the middle of work: the other one goes on, once the lease is over.
+    let third = named(600, 900);
+    third.iter().for_each(|name| drop(namespace.account(name)));
+    mica.kill();
+    wait_for(Duration::from_secs(40), "all secrets", || all_good(&secrets, &third).then_some(()));
+    let now = versions(&secrets);
+    assert!(untouched.iter().all(|(name, version)| now.get(name) == Some(version)));
+    other.stop();
 }

@@ -62,7 +62,7 @@ impl Client {
     }
 
     /// That of the certificate that a token gets for another one.
-    fn impersonated(&self, token: &str, wanted: &str) -> Result<String, Status> {
+    pub(super) fn impersonated(&self, token: &str, wanted: &str) -> Result<String, Status> {
         self.ask(Some(token), Some(wanted))
     }
 
