@@ -111,3 +111,81 @@ pub(super) fn jittered(about: Duration) -> Duration {
     let [random] = keys::random_bytes().unwrap_or([128]);
     about.mul_f64(0.75 + f64::from(random) / 510.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::http::StatusCode;
+    use serde::de::IgnoredAny;
+    use serde_json::{Value, json};
+    use tokio::net::TcpListener;
+    use tokio::task::JoinSet;
+
+    use super::*;
+    use crate::cluster::Cluster;
+
+    const CALL: Call<'_> =
+        Call { verb: "get", resource: "secrets", namespace: Some("istio-system"), name: Some("cacerts") };
+
+    async fn answered<T: DeserializeOwned>(code: u16, body: String) -> Result<T, Fault> {
+        let mut tasks = JoinSet::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let answer = move || async move { (StatusCode::from_u16(code).unwrap(), body) };
+        tasks.spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await.unwrap() });
+        let cluster = Cluster::new(kube::Config::new(url.parse().unwrap())).unwrap();
+        let request = kube::core::Request::new("/api").get("x", &kube::core::params::GetParams::default());
+        call(&cluster.client, CALL, request).await
+    }
+
+    #[tokio::test]
+    async fn each_answer_is_what_it_says_and_names_the_call() {
+        type Kind = fn(&Fault) -> bool;
+        let said = |code: u16, more: Value| {
+            let mut status = json!({"kind": "Status", "status": "Failure", "message": "why", "code": code});
+            status.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            status.to_string()
+        };
+        let cases: [(u16, Kind); 12] = [
+            (404, |fault| matches!(fault, Fault::Absent(_))),
+            (409, |fault| matches!(fault, Fault::Taken(_))),
+            (401, |fault| matches!(fault, Fault::Denied(_))),
+            (403, |fault| matches!(fault, Fault::Denied(_))),
+            (400, |fault| matches!(fault, Fault::Wrong(_))),
+            (405, |fault| matches!(fault, Fault::Wrong(_))),
+            (413, |fault| matches!(fault, Fault::Wrong(_))),
+            (422, |fault| matches!(fault, Fault::Wrong(_))),
+            (410, |fault| matches!(fault, Fault::Away(_, None))),
+            (429, |fault| matches!(fault, Fault::Away(_, None))),
+            (500, |fault| matches!(fault, Fault::Away(_, None))),
+            (504, |fault| matches!(fault, Fault::Away(_, None))),
+        ];
+        for (code, is_meant) in cases {
+            let fault = answered::<IgnoredAny>(code, said(code, json!({}))).await.err().unwrap();
+            assert!(is_meant(&fault), "{code}: {fault:?}");
+            let text = fault.to_string();
+            assert!(text.contains("get secrets cacerts in the namespace istio-system"), "{text}");
+            assert!(text.contains(&format!("why ({code})")), "{text}");
+        }
+        let busy = said(429, json!({"details": {"retryAfterSeconds": 7}}));
+        let fault = answered::<IgnoredAny>(429, busy).await.err().unwrap();
+        assert!(matches!(fault, Fault::Away(_, Some(after)) if after == Duration::from_secs(7)), "{fault:?}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_cannot_be_read_is_not_shown() {
+        let fault = answered::<u32>(200, "\"very secret\"".to_owned()).await.unwrap_err();
+        assert!(matches!(fault, Fault::Away(_, None)), "{fault:?}");
+        let text = format!("{fault} {fault:?}");
+        assert!(text.contains("the answer has a fault at line 1") && !text.contains("secret\""), "{text}");
+        assert!(!text.contains("very"), "{text}");
+    }
+
+    #[test]
+    fn jitter_stays_within_a_quarter() {
+        let second = Duration::from_secs(1);
+        let drawn: Vec<_> = (0..1000).map(|_| jittered(second)).collect();
+        assert!(drawn.iter().all(|one| *one >= second * 3 / 4 && *one <= second * 5 / 4));
+        assert!(drawn.iter().min() < drawn.iter().max());
+    }
+}

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::control_plane::ControlPlane;
 use super::manifests::{good, kubeconfig_of_account};
+use super::node::Node;
 use crate::parts;
 use crate::serve::{Mica, Place, output_within, wait_for};
 
@@ -243,4 +244,47 @@ fn rsa_root(key: &Path, root: &Path) {
             .arg(root),
     );
     assert!(fs::read_to_string(key).unwrap().contains("BEGIN RSA PRIVATE KEY"));
+}
+
+#[test]
+fn on_a_real_node_istio_cas_pod_gives_way_to_micas_and_the_root_stays() {
+    let node = &Node::start();
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("root");
+    let mut make = Command::new(checkout.join("packaging/rootfs"));
+    assert!(make.arg(env!("CARGO_BIN_EXE_mica")).arg(&root).output().unwrap().status.success());
+    node.cluster(["image", "localhost/mica:0.1.0", root.to_str().unwrap(), "/usr/local/bin/mica"]);
+    let apply = |path: &str| {
+        node.kubectl(&["apply", "--validate=strict", "--filename", checkout.join(path).to_str().unwrap()])
+    };
+    let read = |kind: &str, namespace: &str, name: &str, field: &str| -> Option<String> {
+        let namespace = format!("--namespace={namespace}");
+        let arguments = ["get", kind, name, &namespace, "--output=json", "--ignore-not-found"];
+        let object: Value = serde_json::from_str(&node.kubectl(&arguments)).ok()?;
+        object["data"][field].as_str().map(str::to_owned)
+    };
+    let soon = Duration::from_secs(90);
+
+    apply("tests/it/cluster/istio-ca-0.2.10.yaml");
+    node.rolled_out(OWN, "istio-ca");
+    let chain = || read("secret", "default", "istio.default", "cert-chain.pem");
+    let first = wait_for(soon, "a secret of istio-ca's pod", chain);
+    let roots = read("secret", OWN, "istio-ca-secret", "ca-cert.pem").unwrap();
+    let namespace = format!("--namespace={OWN}");
+    node.kubectl(&["delete", "deployment", "istio-ca", &namespace, "--wait"]);
+
+    // Both replicas become ready within the restricted standard, without a volume, and with these rights.
+    apply("manifests/");
+    node.rolled_out(OWN, "mica");
+    let text =
+        wait_for(soon, "the roots", || read("configmap", "default", "istio-ca-root-cert", "root-cert.pem"));
+    use base64::Engine as _;
+    let before = base64::engine::general_purpose::STANDARD.decode(&roots).unwrap();
+    assert_eq!(text.trim(), String::from_utf8(before).unwrap().trim());
+    assert_eq!(read("secret", OWN, "istio-ca-secret", "ca-cert.pem").unwrap(), roots);
+    // What the old one gave is good, and stays as it is.
+    assert_eq!(chain().unwrap(), first);
+    node.kubectl(&["delete", "secret", "istio.default", "--namespace=default"]);
+    wait_for(soon, "the secret from Mica's pod", || chain().filter(|chain| *chain != first));
 }

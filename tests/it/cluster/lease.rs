@@ -68,7 +68,8 @@ fn a_leader_that_dies_is_replaced_within_its_lease_and_one_that_stops_at_once() 
     let begun = Instant::now();
     leader.stop();
     wait_until_it_leads(&follower, TURN);
-    assert!(begun.elapsed() < LASTS, "{:?}", begun.elapsed());
+    eprintln!("after a stop: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < LASTS / 2, "{:?}", begun.elapsed());
     assert_eq!(lease(&plane).lease_transitions, Some(2));
     follower.stop();
     assert_eq!(lease(&plane).holder_identity.as_deref(), Some(""));

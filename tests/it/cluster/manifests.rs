@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::control_plane::{ControlPlane, runtime};
 use super::served::Client as Asking;
 use crate::parts;
-use crate::serve::{Place, wait_for};
+use crate::serve::{Mica, Place, wait_for};
 
 const OWN: &str = "istio-system";
 const MICA: &str = "system:serviceaccount:istio-system:mica";
@@ -507,6 +507,23 @@ fn grants(rules: &Value, namespace: Option<&'static str>) -> Vec<Grant> {
 }
 
 impl Grant {
+    /// Whether whoever asks has it, by whatever role.
+    fn is_held_by(&self, client: &Client) -> bool {
+        let Self { namespace, group, resource, name, verb } = self;
+        let spec = if resource.starts_with('/') {
+            json!({"nonResourceAttributes": {"path": resource, "verb": verb}})
+        } else {
+            json!({"resourceAttributes": {
+                "namespace": namespace, "group": group, "resource": resource, "name": name, "verb": verb,
+            }})
+        };
+        let review = json!({
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec,
+        });
+        let path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+        ask(client, "POST", path, &review).unwrap()["status"]["allowed"] == true
+    }
+
     /// Whether a request that the API server has answered needed it.
     fn is_used_by(&self, event: &Value) -> bool {
         let of = &event["objectRef"];
@@ -619,65 +636,84 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
     let denied = denied(plane);
     assert!(denied.is_empty(), "{denied:#?}");
 
-    // Without one of them, Mica says which.
-    for (kind, namespace, rules) in [("clusterroles", None, &everywhere), ("roles", Some(OWN), &own)] {
-        let folder = namespace.map(|name| format!("/namespaces/{name}")).unwrap_or_default();
+    // Without one of them, Mica says which. What other roles grant too is not missed.
+    let itself = client_as(plane, MICA, &["system:serviceaccounts", "system:authenticated"]);
+    let mut elsewhere = Vec::new();
+    for (kind, scope, rules) in [("clusterroles", None, &everywhere), ("roles", Some(OWN), &own)] {
+        let folder = scope.map(|name| format!("/namespaces/{name}")).unwrap_or_default();
         let role = format!("/apis/rbac.authorization.k8s.io/v1{folder}/{kind}/mica");
         for at in 0..rules.as_array().unwrap().len() {
-            let mut left = rules.clone();
-            let lost = left.as_array_mut().unwrap().remove(at);
-            // What another rule grants too is not missed.
-            let still: Vec<_> =
-                grants(&left, namespace).into_iter().chain(grants(&everywhere, None)).collect();
-            let is_elsewhere = |grant: &Grant| {
-                namespace.is_some()
-                    && still.iter().any(|other| {
-                        other.namespace.is_none()
-                            && (&other.group, &other.resource, &other.verb)
-                                == (&grant.group, &grant.resource, &grant.verb)
-                            && other.name.is_none()
-                    })
-            };
-            let lost = grants(&json!([lost]), namespace);
-            if lost.iter().all(is_elsewhere) {
-                continue;
+            // What is there already would not have to be made.
+            for path in MADE {
+                let _ = ask(&admin, "DELETE", path, &Value::Null);
             }
+            let mut left = rules.clone();
+            let lost = grants(&json!([left.as_array_mut().unwrap().remove(at)]), scope);
             ask(&admin, "PATCH", &role, &json!({"rules": left})).unwrap();
-            let said = lacking(plane, &lost);
-            assert!(said.contains("cannot") || said.contains("forbidden"), "{lost:?}: {said}");
+            let begun = std::time::Instant::now();
+            let missing = loop {
+                let missing: Vec<_> = lost.iter().filter(|grant| !grant.is_held_by(&itself)).collect();
+                if !missing.is_empty() || begun.elapsed() > Duration::from_secs(3) {
+                    break missing;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            };
+            if missing.is_empty() {
+                elsewhere.extend(lost.iter().map(|grant| grant.resource.clone()));
+            } else {
+                let asks = |mica: &Mica| {
+                    let client = Asking::new(mica, &place);
+                    let token = shop.token("web", "istio-ca", None);
+                    let _ = client.identity(&token);
+                    let _ = client.impersonated(&for_others, "spiffe://cluster.local/ns/shop/sa/nobody");
+                };
+                says_what_it_lacks(plane, &missing, asks);
+            }
             ask(&admin, "PATCH", &role, &json!({"rules": rules})).unwrap();
         }
     }
+    // Clusters let every service account see these two, and a Mica for one namespace has no other right to its own secrets.
+    elsewhere.dedup();
+    assert_eq!(elsewhere, ["/openid/v1/jwks", "/.well-known/openid-configuration", "secrets"]);
 }
 
-/// What a Mica says that has just started and lacks something.
-fn lacking(plane: &ControlPlane, lost: &[Grant]) -> String {
+/// What Mica makes once.
+const MADE: [&str; 4] = [
+    "/apis/certificates.k8s.io/v1/clustertrustbundles/mica.dev:workload:cluster.local",
+    "/api/v1/namespaces/shop/configmaps/istio-ca-root-cert",
+    "/api/v1/namespaces/istio-system/configmaps/mica-authority",
+    "/apis/coordination.k8s.io/v1/namespaces/istio-system/leases/mica",
+];
+
+/// Starts a Mica, which has to say in its log which permission it lacks, if need be when it is asked.
+fn says_what_it_lacks(plane: &ControlPlane, missing: &[&Grant], asks: impl Fn(&Mica)) {
     let place = Place::new();
     let log = place.root.path().join("log");
-    let mut child = deployed(plane, &place)
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(&log).unwrap())
-        .spawn()
-        .unwrap();
-    let told = |text: &str| {
-        lost.iter().any(|grant| text.contains(&grant.resource))
-            && (text.contains("cannot") || text.contains("forbidden"))
+    let mut command = deployed(plane, &place);
+    let is_for_requests = missing.iter().all(|grant| ["tokenreviews", "nodes"].contains(&&*grant.resource));
+    let said = || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        let is_said = |line: &str| {
+            // Of a signer the API server speaks in other words.
+            let names = |grant: &&Grant| line.contains(grant.resource.replace("signers", "attest").as_str());
+            (line.contains("cannot") || line.contains("forbidden")) && missing.iter().any(names)
+        };
+        text.lines().any(is_said)
     };
+    let end = |said: bool| assert!(said, "{missing:?} {}", std::fs::read_to_string(&log).unwrap_or_default());
+    if is_for_requests {
+        let mica = place.start_command(&mut command);
+        asks(&mica);
+        end(said());
+        return mica.stop();
+    }
+    let mut child =
+        command.stdout(Stdio::null()).stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
     let begun = std::time::Instant::now();
-    let mut said = String::new();
-    while begun.elapsed() < Duration::from_secs(30) {
-        let text = std::fs::read_to_string(&log).unwrap();
-        if let Some(line) = text.lines().find(|line| told(line)) {
-            said = line.to_owned();
-            break;
-        }
-        if child.try_wait().unwrap().is_some() {
-            said = text;
-            break;
-        }
+    while !said() && begun.elapsed() < Duration::from_secs(30) && child.try_wait().unwrap().is_none() {
         std::thread::sleep(Duration::from_millis(100));
     }
     let _ = child.kill();
     let _ = child.wait();
-    said
+    end(said());
 }

@@ -113,8 +113,10 @@ fn labels_of_namespaces_and_accounts_say_who_has_a_secret() {
     let serial = |namespace: &str| {
         get(namespace).and_then(|secret| secret.metadata.annotations?.get("mica.dev/serial").cloned())
     };
-    // Both were there before: Mica is ready when those that are served have theirs.
-    assert!(get(&shop.name).is_some() && get(&toys.name).is_some() && get(&bank.name).is_none());
+    for namespace in [&shop, &toys] {
+        wait_for(PROMPT, "the secret", || get(&namespace.name));
+    }
+    assert!(get(&bank.name).is_none());
 
     // Enabling holds for what was there before.
     label(&plane, &bank.name, &json!({"ca.istio.io/override": "true"}));

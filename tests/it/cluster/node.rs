@@ -97,11 +97,18 @@ impl Node {
     /// Waits until a pod has ended: its phase, and what it has said.
     pub(crate) fn ended(&self, namespace: &str, pod: &str) -> (String, String) {
         let namespace = format!("--namespace={namespace}");
-        let phase = wait_for(PATIENCE, &format!("the end of the pod {pod}"), || {
+        let begun = Instant::now();
+        loop {
             let phase = self.kubectl(&["get", "pod", pod, &namespace, "--output=jsonpath={.status.phase}"]);
-            (phase == "Succeeded" || phase == "Failed").then_some(phase)
-        });
-        (phase, self.kubectl(&["logs", pod, &namespace]))
+            let said = || self.try_kubectl(&["logs", pod, &namespace]).unwrap_or_else(|error| error);
+            if phase == "Succeeded" || phase == "Failed" {
+                return (phase, said());
+            }
+            if begun.elapsed() > PATIENCE {
+                panic!("{}{}", said(), self.kubectl(&["describe", "pod", pod, &namespace]));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
     }
 
     /// A command of kubectl's that waits; when it does so in vain, what there is to see is shown.
@@ -112,9 +119,24 @@ impl Node {
         }
     }
 
-    /// Makes an image of a folder, or of a program with its libraries.
-    pub(crate) fn image(&self, name: &str, from: &Path) {
-        self.cluster([OsStr::new("image"), OsStr::new(name), from.as_os_str()]);
+    /// Makes an image of a program with its libraries.
+    pub(crate) fn image(&self, name: &str, program: &Path) {
+        self.cluster([OsStr::new("image"), OsStr::new(name), program.as_os_str()]);
+    }
+
+    /// Ends all processes of a pod, as the kernel does when it has no memory, and the pod.
+    pub(crate) fn kill(&self, namespace: &str, pod: &str) {
+        let namespace = format!("--namespace={namespace}");
+        let id = "--output=jsonpath={.status.containerStatuses[0].containerID}";
+        let id = self.kubectl(&["get", "pod", pod, &namespace, id]);
+        let id = id.strip_prefix("containerd://").unwrap();
+        self.cluster(["exec", "ctr", "--namespace=k8s.io", "tasks", "kill", "--signal=SIGKILL", id]);
+        self.kubectl(&["delete", "pod", pod, &namespace, "--force", "--grace-period=0"]);
+    }
+
+    /// Waits until the API server answers.
+    pub(crate) fn answers(&self) {
+        wait_for(PATIENCE, "the API server", || self.try_kubectl(&["get", "--raw=/readyz"]).ok());
     }
 
     /// A door from the machine to an address in the cluster.
@@ -163,6 +185,20 @@ impl Drop for Door {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            for what in [
+                &["get", "pods,leases,events", "--all-namespaces", "--output=wide"][..],
+                &[
+                    "logs",
+                    "--namespace=istio-system",
+                    "--selector=app.kubernetes.io/name=mica",
+                    "--prefix",
+                    "--tail=60",
+                ],
+            ] {
+                eprintln!("{}", self.try_kubectl(what).unwrap_or_else(|error| error));
+            }
+        }
         drop(self.running.stdin.take());
         let _ = self.running.wait();
     }

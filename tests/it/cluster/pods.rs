@@ -1,18 +1,20 @@
-//! Mica as its users have it in a cluster: a pod among pods.
+//! Mica as its users have it in a cluster: the pods that its manifests make, among others.
 
+use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::knowledge::permissions;
 use super::node::Node;
 use super::sidecars::{self, Sidecars};
-use crate::fixtures::OpensslCa;
-use crate::mica::Place;
+use crate::fixtures::run;
+use crate::serve::wait_for;
 
-const IMAGE: &str = "localhost/mica:1";
-/// Where Mica runs, as the names of its certificate have it.
+/// The name that the manifests have, and that of another version.
+const IMAGE: &str = "localhost/mica:0.1.0";
+const NEXT_IMAGE: &str = "localhost/mica:0.1.1";
+/// Where Mica runs.
 const NAMESPACE: &str = "istio-system";
 /// Where pods have the token and the roots that they ask with.
 const MOUNTED: &str = "/var/run/secrets/istio";
@@ -20,17 +22,8 @@ const MOUNTED: &str = "/var/run/secrets/istio";
 #[test]
 fn a_pod_gets_a_certificate_from_a_pod() {
     let node = Node::shared();
-    node.image(IMAGE, Path::new(env!("CARGO_BIN_EXE_mica")));
-    let place = Place::with_ca();
-    node.apply(&[namespace(NAMESPACE), namespace("shop"), account("shop", "web")]);
-    node.apply(&mica(&place));
-    node.apply(&[json!({
-        "apiVersion": "v1", "kind": "ConfigMap",
-        "metadata": {"namespace": "shop", "name": "istio-ca-root-cert"},
-        "data": {"root-cert.pem": place.read("root/root-cert.pem")},
-    })]);
-    node.rolled_out(NAMESPACE, "mica");
-
+    install(node, &[]);
+    node.apply(&[namespace("shop"), account("shop", "web")]);
     // Again if need be: the way to a service is made a moment after its pod is ready.
     node.apply(&[asks("with-its-token", "istio-ca", "OnFailure")]);
     let (phase, said) = node.ended("shop", "with-its-token");
@@ -40,9 +33,77 @@ fn a_pod_gets_a_certificate_from_a_pod() {
     assert!(phase == "Failed" && said.contains("TOKEN_AUDIENCE"), "{phase} {said}");
 }
 
+#[test]
+fn sidecars_live_through_upgrades_outages_and_kills_without_a_failed_request() {
+    let node = &Node::start();
+    install(node, &["--ttl=90s"]);
+    sidecars::make(node);
+    let sidecars = Sidecars::under_load(node);
+    let renewed = |what: &str| {
+        let before = sidecars.serials();
+        node.kubectl(&["delete", "secrets", "--namespace", sidecars::NAMESPACE, "istio.a", "istio.b"]);
+        sidecars.wait_for_others(&before, what, Duration::from_secs(30));
+    };
+    renewed("before all");
+
+    node.cluster(["exec", "ctr", "--namespace=k8s.io", "images", "tag", IMAGE, NEXT_IMAGE]);
+    let image = format!("mica={NEXT_IMAGE}");
+    node.kubectl(&["set", "image", "--namespace", NAMESPACE, "deployment/mica", &image]);
+    node.rolled_out(NAMESPACE, "mica");
+    renewed("after an upgrade");
+
+    node.cluster(["stop", "kube-apiserver"]);
+    sidecars.wait_for_answers(100);
+    node.cluster(["start", "kube-apiserver"]);
+    node.answers();
+    renewed("after an outage");
+
+    let killed = leader(node);
+    // Followed by what makes two replicas' names differ.
+    node.kill(NAMESPACE, killed.split_once('_').unwrap().0);
+    let begun = Instant::now();
+    wait_for(Duration::from_secs(30), "another leader", || (leader(node) != killed).then_some(()));
+    eprintln!("another leads {:?} after the kill", begun.elapsed());
+    renewed("after a kill");
+
+    // By age.
+    sidecars.wait_for_others(&sidecars.serials(), "after a while", Duration::from_secs(90));
+    sidecars.wait_for_answers(20);
+    sidecars.stop();
+}
+
+/// Who writes.
+fn leader(node: &Node) -> String {
+    let holder = "--output=jsonpath={.spec.holderIdentity}";
+    node.kubectl(&["get", "lease", "mica", "--namespace", NAMESPACE, holder])
+}
+
+/// Mica's manifests and its image, as a user of kustomize adds arguments to them.
+fn install(node: &Node, arguments: &[&str]) {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let archive = folder.path().join("mica.tar");
+    run(std::process::Command::new(checkout.join("packaging/image"))
+        .args(["--name", IMAGE, env!("CARGO_BIN_EXE_mica")])
+        .arg(&archive));
+    node.cluster(["image".as_ref(), archive.as_os_str()]);
+    symlink(checkout.join("manifests"), folder.path().join("manifests")).unwrap();
+    let added: Vec<Value> = arguments
+        .iter()
+        .map(|argument| json!({"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": argument}))
+        .collect();
+    let overlay = json!({
+        "resources": ["manifests"],
+        "patches": [{"target": {"kind": "Deployment", "name": "mica"}, "patch": json!(added).to_string()}],
+    });
+    std::fs::write(folder.path().join("kustomization.yaml"), overlay.to_string()).unwrap();
+    node.kubectl(&["apply", "--kustomize", folder.path().to_str().unwrap()]);
+    node.rolled_out(NAMESPACE, "mica");
+}
+
 /// A pod that asks Mica for a certificate, and ends.
 fn asks(name: &str, audience: &str, restart: &str) -> Value {
-    let address = format!("istio-ca.{NAMESPACE}.svc:15012");
+    let address = format!("mica.{NAMESPACE}.svc:15012");
     let [roots, token] = ["root-cert.pem", "token"].map(|file| format!("{MOUNTED}/{file}"));
     json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -53,7 +114,7 @@ fn asks(name: &str, audience: &str, restart: &str) -> Value {
             "securityContext": restricted(),
             "containers": [{
                 "name": "asks", "image": IMAGE,
-                "args": ["csr", "request", "--address", address, "--roots", roots, "--token-file", token, "--out", "/tmp/set"],
+                "args": ["csr", "request", "--address", address, "--roots", roots, "--token-file", token, "--out", "set"],
                 "securityContext": confined(),
                 "volumeMounts": [{"name": "istio", "mountPath": MOUNTED}],
             }],
@@ -63,57 +124,6 @@ fn asks(name: &str, audience: &str, restart: &str) -> Value {
             ]}}],
         },
     })
-}
-
-/// Mica with the CA that is in a place, and all that it needs.
-fn mica(place: &Place) -> Vec<Value> {
-    let files = ["ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem"];
-    let files: serde_json::Map<String, Value> =
-        files.iter().map(|file| ((*file).to_owned(), place.read(&format!("ca/{file}")).into())).collect();
-    let probe = json!({"httpGet": {"path": "/readyz", "port": 15014}, "periodSeconds": 1});
-    vec![
-        account(NAMESPACE, "mica"),
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-            "metadata": {"name": "mica"}, "rules": permissions(),
-        }),
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
-            "metadata": {"name": "mica"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "mica"},
-            "subjects": [{"kind": "ServiceAccount", "namespace": NAMESPACE, "name": "mica"}],
-        }),
-        json!({
-            "apiVersion": "v1", "kind": "Secret", "metadata": {"namespace": NAMESPACE, "name": "ca"},
-            "stringData": files,
-        }),
-        json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": NAMESPACE, "name": "istio-ca"},
-            "spec": {"selector": {"app": "mica"}, "ports": [{"port": 15012}]},
-        }),
-        json!({
-            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"namespace": NAMESPACE, "name": "mica"},
-            "spec": {
-                "selector": {"matchLabels": {"app": "mica"}},
-                "template": {
-                    "metadata": {"labels": {"app": "mica"}},
-                    "spec": {
-                        "serviceAccountName": "mica",
-                        "securityContext": restricted(),
-                        "containers": [{
-                            "name": "mica", "image": IMAGE,
-                            "args": ["serve", "--kube", "--authority", "/etc/mica", "--data-dir", "/tmp/mica",
-                                "--grpc-address", "0.0.0.0:15012", "--http-address", "0.0.0.0:15014"],
-                            "readinessProbe": probe,
-                            "securityContext": confined(),
-                            "volumeMounts": [{"name": "ca", "mountPath": "/etc/mica"}],
-                        }],
-                        "volumes": [{"name": "ca", "secret": {"secretName": "ca", "defaultMode": 0o440}}],
-                    },
-                },
-            },
-        }),
-    ]
 }
 
 /// Where only pods run that the restricted standard of pod security lets in.
@@ -134,33 +144,4 @@ pub(super) fn restricted() -> Value {
 /// A container's half.
 pub(super) fn confined() -> Value {
     json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}})
-}
-
-/// What the sidecars do with Secrets as Mica keeps them, from an OpenSSL CA: what is proven with Mica stands on this.
-#[test]
-fn sidecars_take_what_their_secrets_become() {
-    let node = &Node::start();
-    let ca = OpensslCa::new();
-    let deliver = || {
-        for name in sidecars::ACCOUNTS {
-            let set = ca.issue(&format!("spiffe://cluster.local/ns/{}/sa/{name}", sidecars::NAMESPACE));
-            node.apply(&[json!({
-                "apiVersion": "v1", "kind": "Secret",
-                "metadata": {"namespace": sidecars::NAMESPACE, "name": format!("istio.{name}")},
-                "stringData": {"cert-chain.pem": set.chain, "key.pem": set.key, "root-cert.pem": set.roots},
-            })]);
-        }
-    };
-    sidecars::make(node);
-    deliver();
-    let sidecars = Sidecars::under_load(node);
-    for _ in 0..3 {
-        let before = sidecars.serials();
-        deliver();
-        sidecars.wait_for_others(&before, Duration::from_secs(20));
-        sidecars.wait_for_answers(20);
-    }
-    node.cluster(["restart", "kube-apiserver"]);
-    sidecars.wait_for_answers(100);
-    sidecars.stop();
 }

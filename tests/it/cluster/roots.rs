@@ -210,6 +210,9 @@ fn a_living_istiod_is_not_fought() {
     for namespace in runtime().block_on(namespaces.list(&ListParams::default())).unwrap() {
         Maps::of(&plane, &namespace.name_any(), NAME).wait(&roots);
     }
+    // One that does not lead writes nothing, whatever it sees.
+    let elsewhere = Place::new();
+    let follower = start(&elsewhere, &plane, &[]);
     let before = written(&mica, "configmap");
     let rival = Rival::start(&plane, &shop.name);
     let is_noticed = || mica.metric("mica_rival_writers{object=\"configmap\"}") == 1.0;
@@ -237,7 +240,12 @@ fn a_living_istiod_is_not_fought() {
     let maps = Maps::of(&plane, &bank.name, NAME);
     maps.patch("kubectl-edit", &json!({"data": {"root-cert.pem": "broken"}}));
     maps.wait(&roots);
+    assert_eq!((written(&follower, "configmap"), written(&follower, "clustertrustbundle")), (0.0, 0.0));
     mica.stop();
+    // And goes on where the other one ended.
+    maps.patch("kubectl-edit", &json!({"data": {"root-cert.pem": "broken"}}));
+    maps.wait(&roots);
+    follower.stop();
 }
 
 /// A distribution of roots without all the rest.

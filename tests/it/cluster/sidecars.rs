@@ -5,7 +5,7 @@
 //! ```
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -83,11 +83,13 @@ impl<'a> Sidecars<'a> {
     }
 
     /// Waits until both hold other certificates than these.
-    pub(super) fn wait_for_others(&self, than: &[String; 2], within: Duration) -> [String; 2] {
-        wait_for(within, "other certificates in both pods", || {
+    pub(super) fn wait_for_others(&self, than: &[String; 2], when: &str, within: Duration) {
+        let begun = Instant::now();
+        wait_for(within, &format!("other certificates in both pods {when}"), || {
             let now = self.serials();
-            (now[0] != than[0] && now[1] != than[1]).then_some(now)
-        })
+            (now[0] != than[0] && now[1] != than[1]).then_some(())
+        });
+        eprintln!("both pods have other certificates {when}, in {:?}", begun.elapsed());
     }
 
     /// Waits until each has answered so many more requests.
@@ -101,9 +103,20 @@ impl<'a> Sidecars<'a> {
     pub(super) fn stop(self) {
         for pod in self.pods {
             let report = pod.load.stop();
+            eprintln!(
+                "{} answered {}, over {} connections",
+                pod.admin.name, report.answered, report.connections
+            );
             assert_eq!(report.failed, Vec::<String>::new(), "{}", pod.admin.name);
             assert!(report.answered > 100, "{report:?}");
-            assert_eq!(pod.admin.stat(".key_rotation_failed").0, 0, "{}", pod.admin.page("/stats"));
+            for fault in [
+                ".key_rotation_failed",
+                ".ssl.fail_verify_error",
+                ".ssl.fail_verify_san",
+                ".ssl.fail_verify_no_cert",
+            ] {
+                assert_eq!(pod.admin.stat(fault).0, 0, "{}", pod.admin.page("/stats"));
+            }
             assert!(pod.admin.stat(".ssl.handshake").0 > 100, "{}", pod.admin.page("/stats"));
         }
         let restarts = self.node.kubectl(&[
