@@ -53,7 +53,7 @@ fn sidecars_live_through_upgrades_outages_and_kills_without_a_failed_request() {
     renewed("after an upgrade");
 
     node.cluster(["stop", "kube-apiserver"]);
-    sidecars.wait_for_answers(200);
+    sidecars.wait_for_answers(100);
     node.cluster(["start", "kube-apiserver"]);
     node.answers();
     renewed("after an outage");
