@@ -20,7 +20,7 @@ use control_plane::{ControlPlane, runtime};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, ServiceAccount};
 use kube::api::{DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use kube::core::PartialObjectMeta;
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use mica::cluster::{OWN_PERMISSIONS, PERMISSIONS};
 use mica::sink::Sink as _;
@@ -174,7 +174,8 @@ async fn make_accounts(client: &Client, names: &[(String, String)]) {
             serde_json::from_value(json!({"metadata": {"name": format!("bench-{n}")}})).unwrap();
         Api::all(client.clone()).create(&PostParams::default(), &namespace).await.unwrap();
     }
-    at_once(names, |(namespace, name)| {
+    let client = client.clone();
+    at_once(names, move |(namespace, name)| {
         let client = client.clone();
         async move {
             let account: ServiceAccount =
@@ -222,10 +223,7 @@ async fn bare_writer(client: &Client, names: &[(String, String)], template: &Sec
     watches.spawn(async move {
         let api: Api<PartialObjectMeta<ServiceAccount>> = Api::all(accounts);
         let mut listed = Some(listed);
-        let mut events = std::pin::pin!(watcher::metadata_watcher(
-            Api::<ServiceAccount>::all(api.into_client()),
-            watcher::Config::default()
-        ));
+        let mut events = std::pin::pin!(watcher(api, watcher::Config::default()));
         while let Some(event) = events.next().await {
             if let (Ok(watcher::Event::InitDone), Some(listed)) = (event, listed.take()) {
                 let _ = listed.send(());
@@ -233,12 +231,12 @@ async fn bare_writer(client: &Client, names: &[(String, String)], template: &Sec
         }
     });
     watches.spawn(async move {
-        let mut events = std::pin::pin!(watcher::watcher(Api::<Pod>::all(pods), watcher::Config::default()));
+        let mut events = std::pin::pin!(watcher(Api::<Pod>::all(pods), watcher::Config::default()));
         while events.next().await.is_some() {}
     });
     watches.spawn(async move {
         let config = watcher::Config::default().fields("type=istio.io/key-and-cert");
-        let mut events = std::pin::pin!(watcher::watcher(Api::<Secret>::all(secrets), config));
+        let mut events = std::pin::pin!(watcher(Api::<Secret>::all(secrets), config));
         while events.next().await.is_some() {}
     });
     is_listed.await.unwrap();
@@ -274,10 +272,13 @@ async fn newcomers(client: &Client, prefix: &str, template: Option<&Secret>) -> 
     let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), namespace);
     let mut creating = JoinSet::new();
     if let Some(template) = template {
-        let (template, secrets, all) =
-            (template.clone(), secrets.clone(), Api::<ServiceAccount>::all(client.clone()));
+        let (template, secrets, all) = (
+            template.clone(),
+            secrets.clone(),
+            Api::<PartialObjectMeta<ServiceAccount>>::all(client.clone()),
+        );
         creating.spawn(async move {
-            let mut events = std::pin::pin!(watcher::metadata_watcher(all, watcher::Config::default()));
+            let mut events = std::pin::pin!(watcher(all, watcher::Config::default()));
             while let Some(event) = events.next().await {
                 if let Ok(watcher::Event::Apply(account)) = event {
                     let secret = like(&template, &account.name_any());

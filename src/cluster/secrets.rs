@@ -56,6 +56,11 @@ struct Writes {
     /// What others have written in between.
     disturbed: Vec<ServiceAccount>,
     events: usize,
+    /// The latest version that was told of.
+    told: u64,
+    /// Something newer was written as an older version: the API server's memory is a backup, and watches may wait for
+    /// versions that it will not have for long.
+    is_restored: bool,
 }
 
 impl Secrets {
@@ -81,11 +86,14 @@ impl Secrets {
 
     /// Follows what is there. The accounts have to be known by then.
     pub fn watch(self: &Arc<Self>) -> SecretWatch {
+        self.objects.metrics().watched("secrets");
+        SecretWatch { secrets: self.clone(), events: self.events(), is_listing: true }
+    }
+
+    fn events(&self) -> StoredEvents {
         let api: Api<Stored> = self.cluster.all();
         let config = watcher::Config::default().fields(&format!("type={TYPE}")).page_size(PAGE);
-        let events = watcher(api, config).backoff(Pauses(FIRST_PAUSE));
-        self.objects.metrics().watched("secrets");
-        SecretWatch { secrets: self.clone(), events: Box::pin(events), is_listing: true }
+        Box::pin(watcher(api, config).backoff(Pauses(FIRST_PAUSE)))
     }
 
     /// What a secret is to Mica.
@@ -190,13 +198,21 @@ impl Secrets {
         account: &ServiceAccount,
         write: impl Future<Output = Result<u64, Error>>,
     ) -> Result<(), Error> {
-        self.writes().under_way.insert(account.clone(), 0);
+        let before = {
+            let mut writes = self.writes();
+            writes.under_way.insert(account.clone(), 0);
+            writes.told
+        };
         let _end = End(self, account);
         let written = write.await;
         let mut writes = self.writes();
         let told = writes.under_way.remove(account).unwrap_or(0);
         if let Ok(version) = &written {
             writes.done.insert(account.clone(), *version);
+            if *version < before {
+                writes.is_restored = true;
+                self.disturbed.notify_one();
+            }
         }
         if told > *written.as_ref().unwrap_or(&0) {
             writes.disturbed.push(account.clone());
@@ -208,6 +224,7 @@ impl Secrets {
     /// Whether an event is about what Mica knows better, or is going to.
     fn is_own(&self, account: &ServiceAccount, version: u64, is_listing: bool) -> bool {
         let mut writes = self.writes();
+        writes.told = writes.told.max(version);
         if !is_listing {
             writes.events += 1;
             if writes.events >= PRUNE {
@@ -298,10 +315,12 @@ pub enum Told {
     Disturbed(Vec<ServiceAccount>),
 }
 
+type StoredEvents = Pin<Box<dyn Stream<Item = watcher::Result<Event<Stored>>> + Send>>;
+
 /// Follows the secrets.
 pub struct SecretWatch {
     secrets: Arc<Secrets>,
-    events: Pin<Box<dyn Stream<Item = watcher::Result<Event<Stored>>> + Send>>,
+    events: StoredEvents,
     is_listing: bool,
 }
 
@@ -309,7 +328,14 @@ impl SecretWatch {
     /// Waits for the next news. None: nothing more will come.
     pub async fn next(&mut self) -> Option<Told> {
         loop {
-            let disturbed = std::mem::take(&mut self.secrets.writes().disturbed);
+            let (disturbed, is_restored) = {
+                let mut writes = self.secrets.writes();
+                (std::mem::take(&mut writes.disturbed), std::mem::take(&mut writes.is_restored))
+            };
+            if is_restored {
+                tracing::warn!("the API server has gone back to an older backup; all secrets are read again");
+                self.events = self.secrets.events();
+            }
             if !disturbed.is_empty() {
                 return Some(Told::Disturbed(disturbed));
             }
@@ -320,6 +346,10 @@ impl SecretWatch {
             let told = match event {
                 Ok(Event::Init) => {
                     self.is_listing = true;
+                    // A list that begins now has what was written before.
+                    let mut writes = self.secrets.writes();
+                    writes.done.clear();
+                    writes.told = 0;
                     // What is listed now is the truth, also in a cluster that was put back to an older state.
                     self.secrets.writes().done.clear();
                     return Some(Told::Listing);
