@@ -15,7 +15,7 @@ use kube::Client;
 use kube::core::Request;
 use kube::core::params::{GetParams, PostParams};
 use serde_json::json;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroizing;
 
 use super::call::{Call, Fault, call, jittered};
@@ -46,6 +46,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What no watch tells of is looked for this often.
 const LOOK: Duration = Duration::from_secs(30);
+/// So long after the last word of a change it is looked at.
+const QUIET: Duration = Duration::from_millis(100);
 /// Secrets are often replaced by deleting and creating them; one that comes again so soon was never gone.
 const SETTLE: Duration = Duration::from_secs(3);
 
@@ -418,7 +420,11 @@ impl AuthorityStore for ClusterStore {
     async fn changed(&mut self) {
         loop {
             tokio::select! {
-                () = self.watching.next() => {}
+                () = self.watching.next() => {
+                    // What comes together is looked at once.
+                    let quiet = async { while timeout(QUIET, self.watching.next()).await.is_ok() {} };
+                    let _ = timeout(SETTLE, quiet).await;
+                }
                 () = tokio::time::sleep_until(self.next_look) => {}
             }
             self.next_look = Instant::now() + jittered(LOOK);
