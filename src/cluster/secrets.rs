@@ -346,12 +346,11 @@ impl SecretWatch {
             let told = match event {
                 Ok(Event::Init) => {
                     self.is_listing = true;
-                    // A list that begins now has what was written before.
+                    // What is listed now is the truth, also in a cluster that was put back to an older state, and has what
+                    // was written before.
                     let mut writes = self.secrets.writes();
                     writes.done.clear();
                     writes.told = 0;
-                    // What is listed now is the truth, also in a cluster that was put back to an older state.
-                    self.secrets.writes().done.clear();
                     return Some(Told::Listing);
                 }
                 Ok(Event::InitDone) => {
