@@ -1,6 +1,5 @@
 //! Which accounts, pods and nodes live, from watches; what they do not know is read once.
 
-use std::pin::pin;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kube::runtime::WatchStreamExt as _;
@@ -33,6 +32,7 @@ pub struct Objects {
     pods: Kept<Pods>,
     nodes: Kept<NodeNames>,
     nodes_wanted: Notify,
+    again: watch::Sender<()>,
     /// Without, nothing is known of them but what is read once.
     follows_pods: bool,
     metrics: Metrics,
@@ -56,6 +56,7 @@ impl Objects {
             pods: Kept::default(),
             nodes: Kept::default(),
             nodes_wanted: Notify::new(),
+            again: watch::Sender::new(()),
             follows_pods: true,
             metrics,
         }
@@ -88,6 +89,11 @@ impl Objects {
         self.pods.completed().await;
     }
 
+    /// Reads everything again. What is known stays until it was read.
+    pub(super) fn read_again(&self) {
+        self.again.send_replace(());
+    }
+
     /// The UID of an account that lives, as far as the watch has told.
     pub(super) fn uid(&self, account: &ServiceAccount) -> Option<Box<str>> {
         self.accounts.read().get(account).map(|which| which.uid.clone())
@@ -109,9 +115,19 @@ impl Objects {
     async fn watch<M: Memory>(&self, kept: &Kept<M>, api: Api<Seen<M::Kind>>) {
         let what = M::Kind::plural(&());
         self.metrics.watched(&what);
-        let mut events = pin!(watcher(api, watcher::Config::default()).default_backoff());
+        let begin = || Box::pin(watcher(api.clone(), watcher::Config::default()).default_backoff());
+        let mut events = begin();
+        let mut again = self.again.subscribe();
         let mut fresh = M::default();
-        while let Some(event) = events.next().await {
+        loop {
+            let event = tokio::select! {
+                Ok(()) = again.changed() => {
+                    events = begin();
+                    continue;
+                }
+                event = events.next() => event,
+            };
+            let Some(event) = event else { return };
             match event {
                 // What was known stays until all of the new is there.
                 Ok(Event::Init) => fresh = M::default(),
