@@ -225,7 +225,9 @@ async fn bare_writer(client: &Client, names: &[(String, String)], template: &Sec
         let mut listed = Some(listed);
         let mut events = std::pin::pin!(watcher(api, watcher::Config::default()));
         while let Some(event) = events.next().await {
-            if let (Ok(watcher::Event::InitDone), Some(listed)) = (event, listed.take()) {
+            if matches!(event, Ok(watcher::Event::InitDone))
+                && let Some(listed) = listed.take()
+            {
                 let _ = listed.send(());
             }
         }
