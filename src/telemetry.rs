@@ -61,7 +61,7 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> std_fmt::Result {
-        if context.lookup_current().is_some() {
+        if context.parent_span().is_some() {
             return self.0.format_event(context, writer, event);
         }
         let metadata = event.metadata();
