@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -413,6 +413,46 @@ fn what_an_account_asks_for_counts_within_what_policy_grants() {
         .unwrap();
     secrets.wait_for_another("more", &serial, PROMPT);
     assert_eq!(leaf("more").dns, [theirs, &granted]);
+    mica.stop();
+}
+
+/// A namespace that is being deleted takes nothing new, for as long as something in it does not let go.
+#[test]
+fn a_namespace_that_ends_is_not_written_to_again_and_again() {
+    let (place, plane) = (Place::new(), ControlPlane::start());
+    let (ends, stays) = (plane.namespace(), plane.namespace());
+    (0..20).for_each(|n| drop(ends.account(&format!("account-{n}"))));
+    let mica = start(&place, &plane, &[]);
+    Secrets::new(&plane, &ends, &place).wait("account-19");
+    let objects: Api<ConfigMap> = Api::namespaced(plane.client(), &ends.name);
+    let held: ConfigMap =
+        serde_json::from_value(json!({"metadata": {"name": "held", "finalizers": ["test.mica.dev/held"]}}))
+            .unwrap();
+    runtime().block_on(objects.create(&PostParams::default(), &held)).unwrap();
+    let namespaces: Api<Namespace> = Api::all(plane.client());
+    let before = asked(&plane);
+    runtime().block_on(namespaces.delete(&ends.name, &DeleteParams::default())).unwrap();
+
+    // The namespace controller takes accounts and secrets, and has to wait for the object that is held.
+    let secrets = Secrets::new(&plane, &ends, &place);
+    wait_for(REMOVED, "the end of the secrets", || versions(&secrets).is_empty().then_some(()));
+    let since = std::time::Instant::now();
+    while since.elapsed() < PROMPT {
+        assert!(versions(&secrets).is_empty());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let after = asked(&plane);
+    let more = |verb: &str| after.get(verb).copied().unwrap_or(0) - before.get(verb).copied().unwrap_or(0);
+    assert!(more("POST") <= 25 && more("PUT") == 0, "{before:?} {after:?}");
+    // Others are served meanwhile.
+    stays.account("web");
+    Secrets::new(&plane, &stays, &place).wait("web");
+    let free = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+    runtime().block_on(objects.patch("held", &PatchParams::default(), &free)).unwrap();
+    wait_for(REMOVED * 3, "the end of the namespace", || {
+        runtime().block_on(namespaces.get_opt(&ends.name)).unwrap().is_none().then_some(())
+    });
+    assert!(!mica.log().contains("\"ERROR\""), "{}", mica.log());
     mica.stop();
 }
 
