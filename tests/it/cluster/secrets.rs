@@ -16,9 +16,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use super::control_plane::{ControlPlane, HOME, TestNamespace, runtime};
-use super::served::start;
+use super::served::{command, start};
 use crate::parts;
-use crate::serve::{Place, wait_for};
+use crate::serve::{Place, clock, wait_for};
 
 const TYPE: &str = "istio.io/key-and-cert";
 const PROMPT: Duration = Duration::from_secs(5);
@@ -453,6 +453,38 @@ fn a_namespace_that_ends_is_not_written_to_again_and_again() {
         runtime().block_on(namespaces.get_opt(&ends.name)).unwrap().is_none().then_some(())
     });
     assert!(!mica.log().contains("\"ERROR\""), "{}", mica.log());
+    mica.stop();
+}
+
+#[test]
+fn a_clock_that_is_set_is_followed_and_touches_no_root() {
+    let (place, plane) = (Place::new(), ControlPlane::start());
+    let namespace = plane.namespace();
+    namespace.account("web");
+    clock::set_clock(&place, "+0d");
+    let mica = clock::start_command(&place, command(&place, &plane));
+    let secrets = Secrets::new(&plane, &namespace, &place);
+    let serial = secrets.wait("web");
+    let kept: Api<Secret> = Api::namespaced(plane.client(), HOME);
+    let root = || runtime().block_on(kept.get("istio-ca-secret")).unwrap();
+    let before = root();
+
+    // What has expired for Mica is issued anew.
+    clock::set_clock(&place, "+30d");
+    wait_for(clock::NOTICED + PROMPT, "another", || {
+        (annotations(&secrets.get("web")?)["mica.dev/serial"] != serial).then_some(())
+    });
+    // Before its root it can say nothing, and leaves all as it is.
+    clock::set_clock(&place, "-365d");
+    clock::wait_for_status(&mica, 503);
+    let written = versions(&secrets);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(versions(&secrets), written);
+    // What was issued for the future is not good yet.
+    clock::set_clock(&place, "+0d");
+    clock::wait_for_status(&mica, 200);
+    secrets.wait_for_another("web", &serial, clock::NOTICED * 2);
+    assert_eq!(root(), before);
     mica.stop();
 }
 

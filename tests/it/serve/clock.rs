@@ -11,19 +11,23 @@ use crate::fixtures::run;
 use crate::parts;
 
 /// A clock that was set is noticed within fifteen seconds.
-const NOTICED: Duration = Duration::from_secs(15);
+pub(crate) const NOTICED: Duration = Duration::from_secs(15);
 const YEAR: time::Duration = time::Duration::days(365);
 
 /// Sets the clock of Micas in this place, running ones too.
-fn set_clock(place: &Place, offset: &str) {
+pub(crate) fn set_clock(place: &Place, offset: &str) {
     fs::write(place.root.path().join("clock.new"), offset).unwrap();
     fs::rename(place.root.path().join("clock.new"), place.root.path().join("clock")).unwrap();
 }
 
 fn start(place: &Place) -> Mica {
+    start_command(place, place.command())
+}
+
+/// With the clock of the place.
+pub(crate) fn start_command(place: &Place, mut command: Command) -> Mica {
     let mut faketime = Command::new(parts::faketime());
     let library = run(faketime.args(["-m", "-f", "+0d", "printenv", "LD_PRELOAD"]));
-    let mut command = place.command();
     command.env("LD_PRELOAD", library.trim());
     command.env("FAKETIME_TIMESTAMP_FILE", place.root.path().join("clock"));
     for name in ["FAKETIME_NO_CACHE", "FAKETIME_DONT_FAKE_MONOTONIC", "NO_FAKE_STAT"] {
@@ -32,7 +36,7 @@ fn start(place: &Place) -> Mica {
     place.start_command(&mut command)
 }
 
-fn wait_for_status(mica: &Mica, status: u16) -> String {
+pub(crate) fn wait_for_status(mica: &Mica, status: u16) -> String {
     wait_for(NOTICED, &format!("status {status}"), || {
         let (found, why) = mica.page("/readyz");
         (found == status).then_some(why)

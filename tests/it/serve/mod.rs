@@ -1,7 +1,7 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
 pub(crate) mod authority;
-mod clock;
+pub(crate) mod clock;
 mod delivery;
 mod disk;
 mod flood;
