@@ -49,6 +49,10 @@ impl Listener {
     /// The next connection. Cancel safe.
     pub async fn accept(&mut self) -> Stream {
         loop {
+            if self.inside.len() >= self.most {
+                // Those that were pushed out hold their files until they have had a turn.
+                tokio::task::yield_now().await;
+            }
             match self.inner.accept().await {
                 Ok((inner, _)) => {
                     // An answer is not kept back for the one after it.
