@@ -15,15 +15,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "grpc/health/v1/health.proto",
         "istio/v1/auth/ca.proto",
         "istio/v1/auth/istio_ca.proto",
+        "mica/v1/agent.proto",
         "mica/v1/identity.proto",
         "google/rpc/error_details.proto",
     ];
-    let mut compiler = protox::Compiler::new(["proto"])?;
-    compiler.include_imports(true).open_files(served)?;
-    // What reflection tells those who ask.
+    let local = ["spiffe/workload.proto"];
+    // What reflection tells those who ask, of the authority and of the agent.
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
-    std::fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
-    let files = compiler.file_descriptor_set();
-    tonic_prost_build::configure().compile_fds(files)?;
+    std::fs::write(out.join("descriptors.bin"), compiled(&served)?.encode_file_descriptor_set())?;
+    std::fs::write(out.join("local_descriptors.bin"), compiled(&local)?.encode_file_descriptor_set())?;
+    let all = compiled(&[&served[..], &local].concat())?.file_descriptor_set();
+    tonic_prost_build::configure().compile_fds(all)?;
     Ok(())
+}
+
+fn compiled(files: &[&str]) -> Result<protox::Compiler, protox::Error> {
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler.include_imports(true).open_files(files)?;
+    Ok(compiler)
 }

@@ -1,8 +1,10 @@
 //! Generated from `proto/` by the build; nothing here is written by hand.
 #![allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
 
-/// All of `proto/`, for reflection.
+/// What the authority serves, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+/// What the agent serves on its socket, for reflection.
+pub const LOCAL_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/local_descriptors.bin"));
 
 pub mod google {
     pub mod rpc {
@@ -30,4 +32,8 @@ pub mod mica {
     pub mod v1 {
         tonic::include_proto!("mica.v1");
     }
+}
+
+pub mod spiffe {
+    tonic::include_proto!("_");
 }
