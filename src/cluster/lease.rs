@@ -21,19 +21,13 @@ use tokio::time::Instant;
 use super::call::{Call, Fault, call, jittered};
 use super::events::{EventReason, Events, Severity};
 use super::{Cluster, MANAGER, PATIENCE};
-use crate::core::election::{Candidate, Record, Step};
+use crate::core::election::{Candidate, LASTS, LOOK, MARGIN, Record, Step, TURN, WRITES};
 use crate::sys::{self, clock, keys};
 
 /// The lease's name.
 const LEASE: &str = "mica";
-/// For how long it is good after each write.
-const LASTS: Duration = Duration::from_secs(15);
-/// It is written about this often.
-const TURN: Duration = Duration::from_secs(2);
-/// Another's is looked at about this often, and one's own written again about this soon after a failure.
-const LOOK: Duration = Duration::from_secs(1);
-/// Another's is respected about so much longer, and those who wait do not come all at once.
-const MARGIN: Duration = Duration::from_millis(500);
+/// For how long its holder writes after each write of it, and the holder that says so.
+const WRITES_FOR: &str = "mica.dev/writes-for";
 
 /// Whether this replica may write into the cluster, and until when. Clones share one answer.
 ///
@@ -96,7 +90,7 @@ impl Election {
         Self {
             client: cluster.client.clone(),
             namespace: cluster.namespace().to_owned(),
-            candidate: Candidate::new(name, LASTS, jittered(MARGIN)),
+            candidate: Candidate::new(name, jittered(MARGIN)),
             lease: None,
             begun: Instant::now(),
             until: watch::Sender::new(None),
@@ -240,6 +234,8 @@ impl Election {
         let transitions = own["spec"]["leaseTransitions"].as_i64().unwrap_or(0);
         own["spec"]["leaseDurationSeconds"] = LASTS.as_secs().into();
         own["spec"]["renewTime"] = now.clone().into();
+        own["metadata"]["annotations"][WRITES_FOR] =
+            format!("{}s {}", WRITES.as_secs(), self.candidate.name()).into();
         if step != Step::Renew {
             own["spec"]["holderIdentity"] = self.candidate.name().into();
             own["spec"]["acquireTime"] = now.into();
@@ -284,10 +280,15 @@ impl Election {
 
 fn record(lease: &Value) -> Record {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let holder = text(&lease["spec"]["holderIdentity"]);
+    // Others who write leases keep what one of us has said, of itself alone.
+    let said = lease["metadata"]["annotations"][WRITES_FOR].as_str().and_then(|said| said.split_once("s "));
+    let writes = said.filter(|(_, of)| *of == holder).and_then(|(seconds, _)| seconds.parse().ok());
     Record {
         version: text(&lease["metadata"]["resourceVersion"]),
-        holder: text(&lease["spec"]["holderIdentity"]),
         lasts: Duration::from_secs(lease["spec"]["leaseDurationSeconds"].as_u64().unwrap_or(0)),
+        writes: writes.map(Duration::from_secs),
+        holder,
     }
 }
 
