@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::call::{Call, Fault, call, jittered};
 use super::events::{EventReason, Events, Severity};
-use super::{Cluster, MANAGER, PATIENCE};
+use super::{Cluster, MANAGER, Objects, PATIENCE};
 use crate::core::election::{Candidate, LASTS, LOOK, MARGIN, Record, Step, TURN, WRITES};
 use crate::sys::{self, clock, keys};
 
@@ -80,11 +80,15 @@ pub struct Election {
     /// What was last said to be wrong.
     fault: Option<String>,
     tellings: Arc<Events>,
+    /// The newest version of the lease, which is the cluster's clock.
+    newest: u64,
+    objects: Arc<Objects>,
 }
 
 impl Election {
-    /// Takes part from [`Election::run`] on.
-    pub fn new(cluster: &Cluster, tellings: Arc<Events>) -> Self {
+    /// Takes part from [`Election::run`] on. Whoever looks at the lease is the first to see the cluster go back to a
+    /// backup, and has what is known of it read again.
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>, objects: Arc<Objects>) -> Self {
         let suffix: u64 = keys::random_bytes().map_or(0, u64::from_le_bytes);
         let name = format!("{}_{suffix:016x}", sys::host_name());
         Self {
@@ -96,6 +100,8 @@ impl Election {
             until: watch::Sender::new(None),
             fault: None,
             tellings,
+            newest: 0,
+            objects,
         }
     }
 
@@ -193,7 +199,11 @@ impl Election {
             Err(Fault::Absent(_)) => None,
             Err(fault) => return Err(fault),
         };
-        self.candidate.saw(lease.as_ref().map(record), self.now());
+        let record = lease.as_ref().map(record);
+        if let Some(record) = &record {
+            self.notice(record);
+        }
+        self.candidate.saw(record, self.now());
         self.lease = lease;
         Ok(())
     }
@@ -207,9 +217,19 @@ impl Election {
             (Step::Take | Step::Renew, Some(lease)) => ("update", self.own(Some(lease), step)),
         };
         let lease = self.write(verb, &lease).await?;
-        self.candidate.wrote(record(&lease), begun, self.now());
+        let record = record(&lease);
+        self.notice(&record);
+        self.candidate.wrote(record, begun, self.now());
         self.lease = Some(lease);
         Ok(())
+    }
+
+    fn notice(&mut self, record: &Record) {
+        let Ok(version) = record.version.parse() else { return };
+        if version < self.newest {
+            self.objects.read_again();
+        }
+        self.newest = version;
     }
 
     async fn write(&self, verb: &'static str, lease: &Value) -> Result<Value, Fault> {

@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::control_plane::{ControlPlane, HOME, runtime};
 use super::events::events_about;
 use super::served::{Client, command, start};
+use crate::serve::mtls::reason;
 use crate::serve::{Mica, Place, SLACK, wait_for};
 
 /// For how long a lease is good.
@@ -148,6 +149,41 @@ fn a_leader_that_slept_through_its_lease_knows_when_it_wakes() {
     assert!(!leads(&first) && leads(&second));
     first.stop();
     second.stop();
+}
+
+#[test]
+fn a_replica_that_does_not_write_notices_that_the_cluster_is_a_backup() {
+    let plane = ControlPlane::start();
+    let (place, other) = (Place::new(), Place::new());
+    let first = start(&place, &plane, &[]);
+    wait_until_it_leads(&first, TURN);
+    let second = start(&other, &plane, &[]);
+    let namespace = plane.namespace();
+    plane.back_up();
+    let soon = Duration::from_secs(15);
+    // Versions that the backup does not reach for long.
+    for n in 0..100 {
+        namespace.account(&format!("filler-{n}"));
+    }
+    namespace.account("web");
+    let token = namespace.token("web", "istio-ca", None);
+    let client = Client::new(&second, &other);
+    wait_for(soon, "the accounts", || {
+        let known = second.metric("mica_kube_objects{resource=\"serviceaccounts\"}");
+        (known > 100.0).then_some(())
+    });
+    client.identity(&token).unwrap();
+    plane.restore();
+    // It never was.
+    wait_for(soon, "a refusal", || {
+        client.identity(&token).err().filter(|refused| reason(refused) == "ACCOUNT_GONE")
+    });
+    wait_for(soon, "a word", || {
+        second.log().contains("the API server has gone back to an older backup").then_some(())
+    });
+    assert!(!leads(&second));
+    second.stop();
+    first.stop();
 }
 
 /// Between a Mica and its API server.
