@@ -1,6 +1,7 @@
 //! Where the authority's key, certificates and roots are kept, and what is remembered of them.
 
 mod brought;
+mod keyring;
 mod made;
 mod own;
 mod pin;
@@ -9,6 +10,7 @@ use std::future::Future;
 use std::path::PathBuf;
 
 pub use brought::{BroughtStore, Place};
+pub use keyring::FolderKeyring;
 pub use made::Made;
 pub use own::OwnStore;
 pub use pin::fingerprints;
@@ -16,6 +18,7 @@ pub use pin::fingerprints;
 use crate::core::authority_files;
 use crate::core::bundle;
 use crate::core::issuer::{self, Issuer};
+use crate::core::keyring::Keyring;
 use crate::core::spiffe::TrustDomain;
 use crate::sys::{dir, files, keys, watch};
 
@@ -27,6 +30,18 @@ pub trait AuthorityStore: Send {
 
     /// Waits until loading anew may give something else. May be dropped and called again.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// Where the keys of JWT-SVIDs are kept, with the number of the bundle that they are published in.
+pub trait KeyringStore: Send {
+    /// What is kept; none if there is nothing, or nothing that can be used.
+    fn read(&mut self) -> impl Future<Output = Result<Option<Keyring>, String>> + Send;
+
+    /// Keeps another in place of what was read last. False if somebody else has done so meanwhile.
+    fn write(&mut self, keyring: &Keyring) -> impl Future<Output = Result<bool, String>> + Send;
+
+    /// Whether it is for this process to change what is kept. What is not there may be made by anyone.
+    fn leads(&self) -> bool;
 }
 
 /// Why there is no issuer. Nothing was changed.
