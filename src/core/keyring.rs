@@ -2,8 +2,8 @@
 //!
 //! A key is published before it signs, and after it has signed for as long as a token of it can be good: `prepared`, then
 //! in use from a moment that all replicas know, then retired. All that follows from one time in each key and the clock.
-//! The number grows with each change of what is published, and is never below the seconds since 1970 at that change: so
-//! it also grows where an older state, or none, is found.
+//! The number grows with each change of what is published, and is never below the milliseconds since 1970 at that
+//! change, which no changes come faster than: so it also grows where an older state, or none, is found.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,8 +153,8 @@ impl Keyring {
         if !begins && last >= floor && before.is_some_and(|before| before.content == next.content) {
             return Ok(None);
         }
-        let seconds = u64::try_from(now.unix_timestamp()).unwrap_or(0);
-        next.sequence = last.max(floor).saturating_add(1).max(seconds);
+        let clock = u64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+        next.sequence = last.max(floor).saturating_add(1).max(clock);
         Ok(Some(next))
     }
 
