@@ -202,6 +202,8 @@ async fn run_with(
         tokens.take(tokens::issuers(&args, &data).await?);
     }
     let mut tasks = JoinSet::new();
+    // Whoever has istio-ca's rights has no place in the cluster for more than istio-ca kept there.
+    let is_shared = subjects.cluster().is_some() && args.istio_ca.is_none();
     let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
@@ -245,9 +247,12 @@ async fn run_with(
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
     certificate.begin();
 
-    let mut keeper = Keeper::new(authority.clone(), FolderKeyring::new(data.try_clone().map_err(fault)?));
-    keeper.look().await;
-    tasks.spawn(until(stopping(), keeper.keep()));
+    if !is_shared {
+        let keyring = FolderKeyring::new(data.try_clone().map_err(fault)?);
+        let mut keeper = Keeper::new(authority.clone(), keyring);
+        keeper.look().await;
+        tasks.spawn(until(stopping(), keeper.keep()));
+    }
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     let watched = authority.clone();
     tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
