@@ -1,6 +1,7 @@
 //! Where the authority's key, certificates and roots are kept, and what is remembered of them.
 
 mod brought;
+mod keyring;
 mod made;
 mod own;
 mod pin;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
 pub use brought::{BroughtStore, Place};
+pub use keyring::FolderKeyring;
 pub use made::Made;
 pub use own::OwnStore;
 pub use pin::fingerprints;
@@ -17,6 +19,7 @@ pub use pin::fingerprints;
 use crate::core::authority_files;
 use crate::core::bundle::{self, TrustBundle};
 use crate::core::issuer::{self, Issuer};
+use crate::core::keyring::Keyring;
 use crate::core::spiffe::TrustDomain;
 use crate::sys::{dir, files, keys, watch};
 
@@ -39,6 +42,18 @@ pub trait Memory: Send {
 
 /// Whether roots may be issued below.
 pub type Agreed<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
+
+/// Where the keys of JWT-SVIDs are kept, with the number of the bundle that they are published in.
+pub trait KeyringStore: Send {
+    /// What is kept; none if there is nothing, or nothing that can be used.
+    fn read(&mut self) -> impl Future<Output = Result<Option<Keyring>, String>> + Send;
+
+    /// Keeps another in place of what was read last. False if somebody else has done so meanwhile.
+    fn write(&mut self, keyring: &Keyring) -> impl Future<Output = Result<bool, String>> + Send;
+
+    /// Whether it is for this process to change what is kept. What is not there may be made by anyone.
+    fn leads(&self) -> bool;
+}
 
 /// Why there is no issuer. Nothing was changed.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,6 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
+pub(crate) mod agent;
 pub(crate) mod authority;
 pub(crate) mod clock;
 mod delivery;
