@@ -4,7 +4,7 @@ mod bounds;
 mod codes;
 mod gather;
 mod grpc;
-mod health;
+pub mod health;
 mod istio;
 mod metrics;
 mod mica;
