@@ -15,6 +15,7 @@ mod der;
 pub mod election;
 pub mod fair;
 pub mod forwarded;
+pub mod granted;
 pub mod inspect;
 pub mod issuer;
 pub mod key;

@@ -7,6 +7,7 @@ pub mod fetch;
 pub mod files;
 pub mod keys;
 pub mod listen;
+pub mod peer;
 pub mod tree;
 pub mod watch;
 
