@@ -68,16 +68,16 @@ check_change() {
     coproc LOAD { page_load; }
     local answers=${LOAD[0]} end=${LOAD[1]} load=$LOAD_PID
 
-    "$here/weights" 80 20 0
+    set_weights 80 20 0
     wait_for 30 "reviews v1 and v2 alone" only v1 v2
     good "80 of 100 requests go to reviews v1, 20 to v2"
-    "$here/weights" 40 20 40
+    set_weights 40 20 40
     wait_for 30 "reviews v1, v2 and v3" only v1 v2 v3
-    "$here/weights" 0 20 80
+    set_weights 0 20 80
     wait_for 30 "reviews v2 and v3 alone" only v2 v3
     good "40 to v1, 20 to v2, 40 to v3; then none to v1, 20 to v2, 80 to v3"
     check_spans
-    "$here/weights" 80 20 0
+    set_weights 80 20 0
     wait_for 30 "reviews v1 and v2 alone" only v1 v2
     good "and back"
 

@@ -1,7 +1,13 @@
-# What the commands of this example share. $here is the example's folder.
+# What the commands of this example share. $here is the example's folder. All of them take --cluster first.
 
 checkout=$(cd "$here/../.." && pwd)
+mode=processes
 state=${BOOKINFO:-${CARGO_TARGET_DIR:-$checkout/target}/bookinfo}
+if [[ ${1:-} == --cluster ]]; then
+    shift
+    mode=cluster
+    state=${BOOKINFO:-${CARGO_TARGET_DIR:-$checkout/target}/bookinfo-cluster}
+fi
 workloads=(productpage details ratings reviews-v1 reviews-v2 reviews-v3)
 # What ends with the script, if it is one that stays.
 leash=()
@@ -21,6 +27,13 @@ services_program() {
         rustc --edition 2024 -C opt-level=1 "$here/main.rs" -o "$program.new"
         mv "$program.new" "$program"
     fi
+    echo "$program"
+}
+
+# The one that was named, or that of the checkout.
+mica_program() {
+    local program=${mica:-${CARGO_TARGET_DIR:-$checkout/target}/release/mica}
+    [[ -x $program ]] || (cd "$checkout" && cargo build --release) >&2
     echo "$program"
 }
 

@@ -17,13 +17,15 @@ address_of() {
     fail "there is no workload $1"
 }
 
+# They are the same each time.
+learn_addresses() {
+    :
+}
+
 start_all() {
     local name services zipkin_program prometheus_program
     mkdir -p "$state"/{run,logs}
-    if [[ -z $mica ]]; then
-        mica=${CARGO_TARGET_DIR:-$checkout/target}/release/mica
-        [[ -x $mica ]] || (cd "$checkout" && cargo build --release)
-    fi
+    mica=$(mica_program)
     services=$(services_program)
     envoy=$(part envoy)
     part java >/dev/null
