@@ -291,6 +291,20 @@ impl Dir {
         trust::Walk::new(path)?.run(create)
     }
 
+    /// Opens a folder, making it (with this mode) if it is missing, and tells why it would not be trusted, if so: the
+    /// volumes of a pod belong to the kubelet and may be written to by all of its containers that mount them for it.
+    pub fn open_given(path: &Path, create: u32) -> Result<(Self, Option<Error>), Error> {
+        let untrusted = match Self::open_trusted(path, Some(create)) {
+            Err(error @ Error::Untrusted { .. }) => error,
+            opened => return opened.map(|dir| (dir, None)),
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match fs::open(path, flags, Mode::empty()) {
+            Ok(fd) => Ok((Self { fd, path: path.to_owned() }, Some(untrusted))),
+            Err(error) => Err(Error::Io { action: "open", path: path.to_owned(), source: error.into() }),
+        }
+    }
+
     /// Opens a folder in this one.
     pub fn subdir(&self, name: &str) -> Result<Self, Error> {
         self.open_folder(name, OFlags::RDONLY)
