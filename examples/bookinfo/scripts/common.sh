@@ -30,11 +30,10 @@ services_program() {
     echo "$program"
 }
 
-# The one that was named, or that of the checkout.
+# The one that was named, or the checkout's.
 mica_program() {
-    local program=${mica:-${CARGO_TARGET_DIR:-$checkout/target}/release/mica}
-    [[ -x $program ]] || (cd "$checkout" && cargo build --release) >&2
-    echo "$program"
+    [[ -n $mica ]] || (cd "$checkout" && cargo build --release) >&2
+    echo "${mica:-${CARGO_TARGET_DIR:-$checkout/target}/release/mica}"
 }
 
 part() {
