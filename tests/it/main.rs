@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 mod agent;
+mod bookinfo;
 mod cli;
 mod cluster;
 mod conformance;
