@@ -4,17 +4,11 @@ export MICA_CLUSTER=${cluster:-$state/cluster}
 declare -gA addresses=()
 
 start_all() {
-    local program archive name
+    local program name
     program=$(mica_program)
     mkdir -p "$state/logs"
     cluster up >/dev/null
-    # Not `make_images || …`: in a condition `set -e` does not hold.
-    local made=0
-    set +e
-    (set -e; make_images "$program") >"$state/logs/images" 2>&1
-    made=$?
-    set -e
-    [[ $made == 0 ]] || fail "the images cannot be made: see $state/logs/images"
+    logged images make_images "$program"
 
     # As a user of kustomize adds arguments to Mica's.
     ln -sfn "$checkout/manifests" "$state/manifests"
@@ -26,6 +20,7 @@ patches:
 YAML
     kubectl apply --kustomize "$state" >/dev/null
     kubectl kustomize "$here" | "$program" inject -f - | kubectl apply --filename - >/dev/null
+    logged telemetry-images make_telemetry_images
     kubectl apply --kustomize "$checkout/examples/telemetry" >/dev/null
     rolled_out istio-system mica
     for name in "${workloads[@]}"; do
@@ -33,6 +28,18 @@ YAML
     done
     rolled_out telemetry prometheus
     rolled_out telemetry zipkin
+}
+
+# logged NAME COMMAND...
+logged() {
+    local log=$state/logs/$1 status
+    shift
+    # Not `"$@" || …`: in a condition `set -e` does not hold.
+    set +e
+    (set -e; "$@") >"$log" 2>&1
+    status=$?
+    set -e
+    [[ $status == 0 ]] || fail "$1 has failed: see $log"
 }
 
 cluster() {
@@ -52,18 +59,22 @@ rolled_out() {
 
 # There is no registry: all that pods are made of comes from this machine.
 make_images() {
-    local program=$1 scratch
-    scratch=$(mktemp -d "$state/image-XXXXXX")
-    "$checkout/packaging/image" --name localhost/mica:0.1.0 "$program" "$scratch/mica.tar"
-    cluster image "$scratch/mica.tar"
+    local program=$1
+    "$checkout/packaging/image" --name localhost/mica:0.1.0 "$program" "$state/mica.tar"
+    cluster image "$state/mica.tar"
+    rm "$state/mica.tar"
     cluster image localhost/bookinfo:1 "$(services_program)"
     has_image localhost/envoy:1.40.0 || cluster image localhost/envoy:1.40.0 "$(part envoy)"
+}
+
+make_telemetry_images() {
     has_image localhost/prometheus:2.42 || cluster image localhost/prometheus:2.42 "$(part prometheus)"
     if ! has_image localhost/zipkin:3.6.1; then
-        make_zipkin_folder "$scratch/zipkin"
-        cluster image localhost/zipkin:3.6.1 "$scratch/zipkin" /zipkin/zipkin
+        rm -rf "$state/zipkin"
+        make_zipkin_folder "$state/zipkin"
+        cluster image localhost/zipkin:3.6.1 "$state/zipkin" /zipkin/zipkin
+        rm -r "$state/zipkin"
     fi
-    rm -rf "$scratch"
 }
 
 has_image() {
