@@ -5,7 +5,7 @@ mod bounds;
 mod codes;
 mod gather;
 mod grpc;
-mod health;
+pub mod health;
 pub mod holders;
 mod istio;
 mod metrics;
