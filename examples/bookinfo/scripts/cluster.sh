@@ -1,4 +1,4 @@
-# Bookinfo in Kubernetes: Mica by its manifests, the workloads by theirs, with certificates by `mica inject`.
+# Bookinfo in Kubernetes: Mica by its manifests, the workloads by theirs, with agents by `mica inject`.
 
 export MICA_CLUSTER=${cluster:-$state/cluster}
 declare -gA addresses=()
@@ -19,7 +19,7 @@ patches:
   patch: '[{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--ttl=$ttl"}]'
 YAML
     kubectl apply --kustomize "$state" >/dev/null
-    kubectl kustomize "$here" | "$program" inject -f - | kubectl apply --filename - >/dev/null
+    kubectl kustomize "$here" | "$program" inject --mode agent -f - | kubectl apply --filename - >/dev/null
     logged telemetry-images make_telemetry_images
     kubectl apply --kustomize "$checkout/examples/telemetry" >/dev/null
     rolled_out istio-system mica
@@ -176,7 +176,7 @@ export KUBECONFIG=$MICA_CLUSTER/admin.kubeconfig
 The page        $forward ${door#http://} says where; then /productpage
 Spans           $forward ${zipkin#http://}
 Metrics         $forward ${prometheus#http://}
-Certificates    kubectl get secrets --namespace bookinfo
+Certificates    kubectl logs --namespace bookinfo deployment/details-v1 --container mica-agent
 Envoys          kubectl logs --namespace bookinfo deployment/details-v1 --container istio-proxy
 Other weights   examples/bookinfo/weights --cluster 0 20 80
 The end         examples/bookinfo/down --cluster
