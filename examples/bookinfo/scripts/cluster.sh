@@ -142,6 +142,10 @@ stop_all() {
     kubectl delete --kustomize "$state" --ignore-not-found >/dev/null
 }
 
+any_running() {
+    kubectl get namespace bookinfo
+} >/dev/null 2>&1
+
 # What a workload's service would be answered, by way of its Envoy. ask WORKLOAD HOST/PATH...
 ask() {
     local name=$1
