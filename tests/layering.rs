@@ -39,10 +39,10 @@ const ROOMS: &[Room] = &[
     // Who is at the other end of the agent's socket.
     Room { name: "attest",    rank: 5, may: &["core", "sys", "telemetry"] },
     // Keeps what workloads have, and asks the authority for it.
-    Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "proto", "client", "sink::"] },
+    Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "proto", "client", "sink"] },
     // The agent's socket. Health is asked for there as at the authority's port.
     Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "proto", "attest::", "agent", "serve::health"] },
-    Room { name: "config",    rank: 7, may: &["core", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
+    Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },
     Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "admin", "client", "attest", "agent", "endpoint", "config"] },

@@ -119,7 +119,7 @@ pub struct Asker {
     lifetime: Option<Lifetime>,
     kind: KeyKind,
     /// A connection without a client certificate, for all that is asked with tokens, and the roots that it was made with.
-    shared: Mutex<Option<(Zeroizing<Vec<u8>>, TrustBundle, PathBuf, Client)>>,
+    shared: Mutex<Option<(Zeroizing<Vec<u8>>, PathBuf, Client)>>,
 }
 
 impl Asker {
@@ -131,6 +131,11 @@ impl Asker {
     /// Where the authority is.
     pub fn address(&self) -> String {
         self.authority.address.to_string()
+    }
+
+    /// Whether what was typed can be used: the address, and a trust bundle that is there from the start.
+    pub fn check(&self) -> Result<(), Error> {
+        self.roots().map(drop)
     }
 
     /// Makes a key and has it certified.
@@ -230,26 +235,32 @@ impl Asker {
         Err(refused.unwrap_or(Error::NoCredential))
     }
 
-    async fn client(&self, credential: Credential) -> Result<Client, Error> {
+    /// Read for each request, since it may change at any time.
+    fn roots(&self) -> Result<(Zeroizing<Vec<u8>>, TrustBundle), Error> {
         let path = &self.authority.roots;
         let text = files::read(path, MAX_ROOTS)?;
+        let roots = TrustBundle::from_pem(&text)
+            .map_err(|fault| Error::Bundle { path: path.display().to_string(), fault })?;
+        Ok((text, roots))
+    }
+
+    async fn client(&self, credential: Credential) -> Result<Client, Error> {
+        let (text, roots) = self.roots()?;
         let token = match &credential {
             Credential::Token(path) => Some(path.clone()),
             _ => None,
         };
-        if let Some((same, _, of, client)) = &*self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        if let Some((same, of, client)) = &*self.shared.lock().unwrap_or_else(PoisonError::into_inner)
             && *same == text
             && token.as_ref() == Some(of)
         {
             return Ok(client.clone());
         }
-        let roots = TrustBundle::from_pem(&text)
-            .map_err(|fault| Error::Bundle { path: path.display().to_string(), fault })?;
         let Authority { address, name, .. } = self.authority.clone();
-        let target = Target { address, roots: roots.clone(), name, credential };
+        let target = Target { address, roots, name, credential };
         let client = Client::connect(target).await?;
         if let Some(token) = token {
-            let kept = (text, roots, token, client.clone());
+            let kept = (text, token, client.clone());
             *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         }
         Ok(client)

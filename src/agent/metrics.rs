@@ -30,6 +30,7 @@ pub(super) struct Metrics {
     obtained: Counter,
     failed: Family<Reason, Counter>,
     seconds: Histogram,
+    file_failures: Counter,
 }
 
 impl Default for Metrics {
@@ -38,6 +39,7 @@ impl Default for Metrics {
             obtained: Counter::default(),
             failed: Family::default(),
             seconds: Histogram::new([0.005, 0.025, 0.1, 0.5, 2.5, 10.0]),
+            file_failures: Counter::default(),
         }
     }
 }
@@ -55,6 +57,10 @@ impl Metrics {
         self.seconds.observe(time.as_secs_f64());
     }
 
+    pub(super) fn file_failure(&self) {
+        self.file_failures.inc();
+    }
+
     pub(super) fn register(&self, registry: &mut Registry, agent: &Arc<Agent>) {
         registry.register(
             "mica_agent_certificates_obtained",
@@ -70,6 +76,11 @@ impl Metrics {
             "mica_agent_request_seconds",
             "Time from making a key to the judged answer, failures included",
             self.seconds.clone(),
+        );
+        registry.register(
+            "mica_agent_file_failures",
+            "Times that files could not be written",
+            self.file_failures.clone(),
         );
         registry.register_collector(Box::new(Holdings(Arc::downgrade(agent))));
     }

@@ -1,6 +1,7 @@
 //! The agent: keeps the certificates of workloads fresh, beside them or once per node.
 
 mod ask;
+pub mod files;
 pub mod held;
 pub mod holders;
 mod keep;
@@ -73,6 +74,11 @@ impl Agent {
     pub async fn jwt(&self, id: &SpiffeId, audience: &[String]) -> Result<CreateJwtSvidResponse, Error> {
         let held = self.held.current(id).flatten();
         self.asker.jwt(&self.wish(id), held.as_deref(), audience).await
+    }
+
+    /// Says whom the agent turned out to be, which what it holds from before tells.
+    pub fn is(&self, id: &SpiffeId) {
+        self.own.send_replace(Some(id.clone()));
     }
 
     /// Adds the agent's metrics.

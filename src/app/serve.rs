@@ -55,7 +55,7 @@ const LOCK: &str = "lock";
 /// The delivered folders, in the data folder unless they are elsewhere.
 const SECRETS: &str = "secrets";
 /// What is under way when a signal comes has this long to end.
-const GRACE: Duration = Duration::from_secs(10);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 /// And calls of clients this long.
 const HANG_UP: Duration = Duration::from_secs(2);
 
@@ -100,10 +100,7 @@ struct Typed {
 async fn start(typed: Typed) -> Result<(), Error> {
     let args = &typed.args;
     // First of all, so that a signal never finds the default, which is to die on the spot.
-    let signals = Signals {
-        terminate: signal(SignalKind::terminate()).map_err(fault)?,
-        interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
-    };
+    let signals = Signals::new()?;
     let (subjects, what) = match args.origin().map_err(usage)? {
         Origin::Folder(folder) => {
             let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
@@ -308,13 +305,21 @@ async fn run_with(
 }
 
 /// SIGTERM and SIGINT, which both ask Mica to stop.
-struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    async fn next(&mut self) {
+    /// Takes them over.
+    pub(super) fn new() -> Result<Self, Error> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(fault)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
+        })
+    }
+
+    pub(super) async fn next(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
@@ -391,7 +396,7 @@ fn twins(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
     Ok((TcpListener::from_std(listener.try_clone()?)?, TcpListener::from_std(listener)?))
 }
 
-async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
+pub(super) async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
     TcpListener::bind(address).await.map_err(|e| {
         usage(format_args!("cannot listen on {flag} {address}: {}; port 0 picks a free one", sys::reason(&e)))
     })
@@ -408,7 +413,7 @@ pub(super) async fn until(
     Ok(())
 }
 
-fn unexpected(ended: Option<Result<Result<(), Error>, tokio::task::JoinError>>) -> Error {
+pub(super) fn unexpected(ended: Option<Result<Result<(), Error>, tokio::task::JoinError>>) -> Error {
     match ended {
         Some(Ok(Err(error))) => error,
         Some(Err(panic)) => Error::Fault(format!("a task failed: {panic}")),
@@ -431,6 +436,6 @@ pub(super) fn usage(why: impl ToString) -> Error {
     Error::Usage(why.to_string())
 }
 
-fn fault(why: impl ToString) -> Error {
+pub(super) fn fault(why: impl ToString) -> Error {
     Error::Fault(why.to_string())
 }
