@@ -3,6 +3,7 @@
 
 mod bounds;
 mod listener;
+pub mod sds;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,9 @@ use crate::agent::Agent;
 use crate::attest::{Attestor, Entitled, Refused};
 use crate::proto::LOCAL_DESCRIPTORS;
 use crate::proto::grpc::health::v1::health_server::HealthServer;
+use crate::proto::xds::envoy::service::secret::v3::secret_discovery_service_server::{
+    SecretDiscoveryService, SecretDiscoveryServiceServer,
+};
 use crate::serve::health::Health;
 use crate::sys::peer::Process;
 use bounds::Room;
@@ -73,7 +77,7 @@ impl Endpoint {
 pub async fn serve(
     listener: std::os::unix::net::UnixListener,
     open_files: usize,
-    endpoint: Endpoint,
+    sds: SecretDiscoveryServiceServer<impl SecretDiscoveryService>,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     listener.set_nonblocking(true)?;
@@ -102,6 +106,7 @@ pub async fn serve(
         .add_service(
             room.bound(reflection().build_v1alpha()?.max_decoding_message_size(bounds::LARGEST_MESSAGE)),
         )
+        .add_service(room.bound(sds))
         .serve_with_incoming_shutdown(incoming, async { drop(stopped.await) });
     tokio::pin!(serving);
     let most = CONNECTIONS.min(open_files / 2);

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::{getsockopt, sockopt};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{self, AtFlags, Mode, OFlags};
@@ -88,8 +89,19 @@ impl Process {
         let told = socket.peer_cred();
         let told = told.map_err(|source| Error::Io { action: "learn the credentials", pid: 0, source })?;
         let pid = told.pid().unwrap_or_default().unsigned_abs();
-        let handle = Arc::new(opened(pid, before)?);
-        let process = Self { pid, uid: told.uid(), gid: told.gid(), handle };
+        let handle = match getsockopt(socket, sockopt::PeerPidfd) {
+            Ok(handle) => handle,
+            // Linux before 6.5.
+            Err(nix::errno::Errno::ENOPROTOOPT) => opened(pid, before)?,
+            Err(nix::errno::Errno::ESRCH | nix::errno::Errno::EINVAL | nix::errno::Errno::ENODATA) => {
+                return Err(Error::Gone(pid));
+            }
+            Err(errno) => {
+                let source = io::Error::from(errno);
+                return Err(Error::Io { action: "get a handle", pid, source });
+            }
+        };
+        let process = Self { pid, uid: told.uid(), gid: told.gid(), handle: Arc::new(handle) };
         match process.is_alive() {
             true => Ok(process),
             false => Err(Error::Gone(pid)),
