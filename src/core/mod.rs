@@ -31,6 +31,8 @@ pub mod refusal;
 pub mod rivals;
 pub mod rotation;
 pub mod selection;
+pub mod settings;
 pub mod spiffe;
 pub mod token;
 pub mod url;
+pub mod workloads;
