@@ -15,5 +15,6 @@ mod hostile;
 mod mica;
 mod openssl;
 mod parts;
+mod sds;
 mod serve;
 mod tool;

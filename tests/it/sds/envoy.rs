@@ -1,0 +1,1 @@
+//! Two Envoys that take their certificates from the agent.
