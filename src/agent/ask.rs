@@ -198,8 +198,14 @@ impl Asker {
     }
 
     /// Tells which bundles the agent's consumers hold.
-    pub async fn report(&self, wish: &Wish, held: Option<&Svid>, holders: Vec<Holder>) -> Result<(), Error> {
-        let message = ReportHoldersRequest { holders };
+    pub async fn report(
+        &self,
+        wish: &Wish,
+        held: Option<&Svid>,
+        reporter: &str,
+        holders: Vec<Holder>,
+    ) -> Result<(), Error> {
+        let message = ReportHoldersRequest { holders, reporter: reporter.to_owned() };
         let ask = |client: Client| {
             let message = message.clone();
             async move {

@@ -19,8 +19,8 @@ use super::{report, tokens};
 use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
-use crate::authority::Authority;
-use crate::cluster::{AsIstioCa, Cluster, ClusterStore, Events};
+use crate::authority::{Authority, Keeper};
+use crate::cluster::{AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -29,10 +29,10 @@ use crate::core::policy::{Limits, SHORTEST};
 use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
-use crate::serve::{self, Requests};
+use crate::serve::{self, Agents, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
-use crate::store::{AuthorityStore, BroughtStore, OwnStore, Place};
+use crate::store::{AuthorityStore, BroughtStore, FolderKeyring, OwnStore, Place};
 use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
@@ -155,7 +155,11 @@ async fn start(typed: Typed) -> Result<(), Error> {
         (Some(place), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
-            let store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
+            let mut store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
+            // istio-ca's rights know no ConfigMaps.
+            if let (Subjects::Cluster { cluster, tellings }, None) = (&subjects, istio_ca) {
+                store = store.remembered_by(Box::new(ClusterMemory::new(cluster, tellings.clone())));
+            }
             run_with(typed, data, subjects, store, signals).await
         }
     }
@@ -199,6 +203,8 @@ async fn run_with(
         tokens.take(tokens::issuers(&args, &data).await?);
     }
     let mut tasks = JoinSet::new();
+    // Whoever has istio-ca's rights has no place in the cluster for more than istio-ca kept there.
+    let is_shared = subjects.cluster().is_some() && args.istio_ca.is_none();
     let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
@@ -237,9 +243,17 @@ async fn run_with(
         queue,
         csr_metrics,
     ));
+    let agents = Agents::new(requests.clone());
+    agents.register(&mut registry);
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
     certificate.begin();
 
+    if !is_shared {
+        let keyring = FolderKeyring::new(data.try_clone().map_err(fault)?);
+        let mut keeper = Keeper::new(authority.clone(), keyring);
+        keeper.look().await;
+        tasks.spawn(until(stopping(), keeper.keep()));
+    }
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     let watched = authority.clone();
     tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
@@ -272,7 +286,7 @@ async fn run_with(
     if let Some(grpc) = grpc {
         tasks.spawn(async move {
         tokio::select! {
-            served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
+            served = serve::serve(grpc, open_files, certificate, ready, requests, agents, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });

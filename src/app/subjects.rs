@@ -16,10 +16,10 @@ use super::serve::{Error, stopping, until, usage};
 use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
-use crate::authority::Authority;
+use crate::authority::{Authority, Keeper};
 use crate::cluster::{
-    AccountSource, Cluster, Election, EventReason, Events, Leadership, Namespaces, Objects, Roots,
-    RootsOptions, Secrets, Severity, Told, Wanted,
+    AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, Leadership, Namespaces, Objects,
+    Roots, RootsOptions, Secrets, Severity, Told, Wanted,
 };
 use crate::config::serve::{Args, MadeKind};
 use crate::core::key::KeyKind;
@@ -171,7 +171,7 @@ fn follow_cluster(
     let mut leadership = if is_istio_ca {
         Leadership::always()
     } else {
-        let election = Election::new(&cluster, tellings.clone());
+        let election = Election::new(&cluster, tellings.clone(), objects.clone());
         election.register(registry);
         let leadership = election.leadership();
         let stop = stopping(stopped);
@@ -203,6 +203,8 @@ fn follow_cluster(
             trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
             own,
         };
+        let keeper = Keeper::new(authority.clone(), ClusterKeyring::new(&cluster, leadership.clone()));
+        tasks.spawn(until(stopping(stopped), keeper.keep()));
         let door = authority.clone();
         let current = Box::new(move || door.issuer().bundle().clone());
         let roots = Arc::new(Roots::new(

@@ -218,7 +218,7 @@ struct Written {
 }
 
 #[derive(Serialize)]
-struct Jwk {
+pub(super) struct Jwk {
     #[serde(rename = "use")]
     usage: &'static str,
     #[serde(flatten)]
@@ -226,7 +226,7 @@ struct Jwk {
     x5c: [String; 1],
 }
 
-fn jwk(root: &Certificate) -> Result<Jwk, Error> {
+pub(super) fn jwk(root: &Certificate) -> Result<Jwk, Error> {
     let refused = |fault: String| Error::Jwk { serial: root.serial_text(), fault };
     let key = root.key().map_err(|e| refused(e.to_string()))?;
     let encoded = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
