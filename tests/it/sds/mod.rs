@@ -4,10 +4,9 @@
 mod envoy;
 mod protocol;
 
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mica::agent::{Agent, Asker, Authorities, Authority, Bundles, Svid, Wishes};
@@ -18,16 +17,12 @@ use mica::core::issuer::{self, Issuer, Order};
 use mica::core::key::KeyKind;
 use mica::core::profile::Profile;
 use mica::core::spiffe::{SpiffeId, TrustDomain};
-use mica::endpoint::{Endpoint, sds};
+use mica::endpoint::{self, Endpoint, sds};
 use mica::sys::peer::Process;
 use mica::sys::{clock, keys};
 use prometheus_client::registry::Registry;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Runtime;
-use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::server::Connected;
+use tokio::sync::watch;
 
 const OWN: &str = "example.org";
 const WEB: &str = "spiffe://example.org/web";
@@ -78,12 +73,19 @@ impl Ca {
 }
 
 /// Says of every process what it was told to say.
-struct Says(Mutex<Result<Vec<Entitled>, Refused>>);
+struct Says {
+    said: Mutex<Result<Vec<Entitled>, Refused>>,
+    changes: watch::Sender<()>,
+}
 
 #[tonic::async_trait]
 impl Attestor for Says {
     async fn attest(&self, _: &Process) -> Result<Vec<Entitled>, Refused> {
-        self.0.lock().unwrap().clone()
+        self.said.lock().unwrap().clone()
+    }
+
+    fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 }
 
@@ -108,7 +110,8 @@ impl Served {
         // Whoever asked would be the one to obtain what is wanted; here that are the tests.
         std::mem::forget(wanted);
         let agent = Arc::new(agent);
-        let says = Arc::new(Says(Mutex::new(Ok(entitled(&[WEB])))));
+        let said = Mutex::new(Ok(entitled(&[WEB])));
+        let says = Arc::new(Says { said, changes: watch::Sender::new(()) });
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("sds.sock");
         let runtime =
@@ -116,10 +119,8 @@ impl Served {
         let mut registry = Registry::default();
         let endpoint = Endpoint { agent: agent.clone(), attestor: says.clone() };
         let service = sds::service(endpoint, &mut registry);
-        let listener = runtime.block_on(async { UnixListener::bind(&socket).unwrap() });
-        let accepted = UnixListenerStream::new(listener).map(|stream| stream.map(Accepted));
-        let server = tonic::transport::Server::builder().add_service(service);
-        runtime.spawn(server.serve_with_incoming(accepted));
+        let listener = UnixListener::bind(&socket).unwrap();
+        runtime.spawn(endpoint::serve(listener, 4096, service, std::future::pending()));
         Self { runtime, agent, says, registry, _folder: folder, socket }
     }
 
@@ -145,7 +146,13 @@ impl Served {
     }
 
     fn say(&self, said: Result<Vec<Entitled>, Refused>) {
-        *self.says.0.lock().unwrap() = said;
+        *self.says.said.lock().unwrap() = said;
+    }
+
+    /// And tells streams of it.
+    fn say_aloud(&self, said: Result<Vec<Entitled>, Refused>) {
+        self.say(said);
+        self.says.changes.send_replace(());
     }
 
     /// The value of one series.
@@ -167,48 +174,6 @@ fn soon(what: &str, mut so: impl FnMut() -> bool) {
     while !so() {
         assert!(begun.elapsed() < Duration::from_secs(20), "not in 20 seconds: {what}");
         std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// A connection, of the process that runs the tests.
-struct Accepted(UnixStream);
-
-impl Connected for Accepted {
-    type ConnectInfo = Process;
-
-    fn connect_info(&self) -> Process {
-        let own = rustix::process::getpid();
-        let handle = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty()).unwrap();
-        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Process { pid: std::process::id(), uid, gid, handle: Arc::new(handle) }
-    }
-}
-
-impl AsyncRead for Accepted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Accepted {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }
 

@@ -322,16 +322,21 @@ fn whoever_comes_back_gets_what_differs() {
 fn a_certificate_that_is_being_obtained_is_waited_for() {
     let ca = Ca::new(OWN);
     let served = Served::new();
+    // Not even known who the caller is: that is waited for, too.
+    served.say(Err(Refused::Unavailable("the authority is away".to_owned())));
     let (mut whole, mut delta) = (served.whole(), served.delta());
     whole.say(wants(&["default"]));
     delta.say(subscribes(&["ROOTCA", WEB]));
     whole.silent();
     served.trust(&[&ca]);
+    delta.silent();
+    served.say(Ok(entitled(&[WEB])));
     let roots = delta.hear();
     assert_eq!(by_name(&roots).into_keys().collect::<Vec<_>>(), ["ROOTCA"]);
     assert_eq!(roots.removed_resources, Vec::<String>::new());
     delta.say(accepts(&roots));
     let svid = ca.issue(WEB);
+    soon("it is wanted", || !served.agent.held.all().is_empty());
     served.agent.held.put(svid.clone());
     is_of(&whole.hear().resources[0], "default", &svid);
     assert_eq!(by_name(&delta.hear()), HashMap::from([(WEB, &*svid.chain[0].fingerprint())]));
@@ -535,6 +540,17 @@ fn whoever_loses_its_identity_gets_no_more() {
     std::thread::sleep(Duration::from_millis(1100));
     served.hold(&ca.issue(WEB));
     assert_eq!(whole.refused().code(), Code::PermissionDenied);
+    // Without a certificate to send: as soon as it is so.
+    served.say_aloud(Ok(entitled(&[WEB])));
+    let mut delta = served.delta();
+    delta.say(subscribes(&["default", "ROOTCA"]));
+    let response = delta.hear();
+    delta.say(accepts(&response));
+    served.say_aloud(Ok(entitled(&[OTHER])));
+    served.hold(&ca.issue(OTHER));
+    assert_eq!(by_name(&delta.hear()).into_keys().collect::<Vec<_>>(), ["default"]);
+    served.say_aloud(Err(Refused::Unknown("it is nobody now".to_owned())));
+    assert_eq!(delta.refused().code(), Code::PermissionDenied);
     // Its place is gone: it is looked at once.
     served.say(Ok(entitled(&[WEB])));
     let mut delta = served.delta();
