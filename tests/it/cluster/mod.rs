@@ -2,6 +2,7 @@
 
 mod control_plane;
 mod events;
+mod injection;
 mod istio_ca;
 mod knowledge;
 mod lease;
