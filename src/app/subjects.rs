@@ -19,7 +19,7 @@ use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
 use crate::authority::Authority;
 use crate::cluster::{
     AccountSource, Cluster, Election, EventReason, Events, Leadership, Namespaces, Objects, Roots,
-    RootsOptions, Secrets, Severity, Told, Wanted,
+    RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
 };
 use crate::config::serve::{Args, MadeKind};
 use crate::core::key::KeyKind;
@@ -203,6 +203,12 @@ fn follow_cluster(
             trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
             own,
         };
+        if let Some(webhook) = args.inject_webhook() {
+            let door = authority.clone();
+            let current = Box::new(move || door.issuer().bundle().clone());
+            let trust = Arc::new(WebhookTrust::new(&cluster, webhook, current, leadership.clone()));
+            tasks.spawn(until(stopping(stopped), async move { trust.run().await }));
+        }
         let door = authority.clone();
         let current = Box::new(move || door.issuer().bundle().clone());
         let roots = Arc::new(Roots::new(

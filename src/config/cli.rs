@@ -6,6 +6,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::inject::{InjectMode, mounted};
 use super::istio_ca;
 use super::serve::{self, MadeKind, ServingName};
 use crate::core::lifetime::Lifetime;
@@ -641,17 +642,6 @@ pub struct Inject {
     pub token_audience: Option<String>,
 }
 
-/// What pods get.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum InjectMode {
-    /// The Secret istio.<account>, mounted at /etc/certs
-    Secret,
-    /// An agent beside the container, with its socket at /run/mica
-    Agent,
-    /// A token and the roots, for an agent of your own in the container
-    Token,
-}
-
 /// `mica completions`.
 #[derive(Debug, Args)]
 pub struct Completions {
@@ -704,17 +694,6 @@ fn account(text: &str) -> Result<ServiceAccount, String> {
         .split_once('/')
         .ok_or_else(|| "it is no account; write namespace/name, such as bookinfo/productpage".to_owned())?;
     ServiceAccount::new(namespace, name).map_err(|e| e.to_string())
-}
-
-/// A path that something may be mounted at.
-fn mounted(text: &str) -> Result<String, String> {
-    let path = text.trim_end_matches('/');
-    let sound = |part: &str| !matches!(part, "" | "." | "..");
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '-' | '_');
-    match path.strip_prefix('/') {
-        Some(rest) if rest.split('/').all(sound) && path.chars().all(plain) => Ok(path.to_owned()),
-        _ => Err("it is no path that a volume can be mounted at; write one such as /etc/certs".to_owned()),
-    }
 }
 
 fn moment(text: &str) -> Result<OffsetDateTime, String> {

@@ -4,5 +4,6 @@
 #![allow(rustdoc::invalid_html_tags)]
 
 pub mod cli;
+pub mod inject;
 pub mod istio_ca;
 pub mod serve;

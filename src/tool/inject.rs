@@ -1,15 +1,14 @@
 //! `mica inject`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use super::{Error, Report, name_of, one_standard_input};
-use crate::config::cli::{Inject, InjectMode};
+use crate::config::cli::Inject;
+use crate::config::inject::{InjectMode, Typed};
 use crate::core::documents::Documents;
-use crate::core::inject::{
-    AGENT, Agent, CREDENTIALS_PATH, Object, Outcome, SOCKET_PATH, SWITCH, What, Wish, into_manifests,
-};
+use crate::core::inject::{Object, Outcome, SWITCH, Wish, into_manifests};
 use crate::sys::files;
 
 /// The most that is read of a file of manifests.
@@ -52,51 +51,25 @@ pub(super) fn inject(arguments: &Inject) -> Result<Report, Error> {
 }
 
 fn wish(arguments: &Inject) -> Result<Wish, Error> {
-    let Inject { filenames: _, mode, container, check: _, image, authority_address, files, token_audience } =
-        arguments;
-    let misplaced = [
-        ("--image", image.is_some(), *mode == InjectMode::Agent),
-        ("--authority-address", authority_address.is_some(), *mode == InjectMode::Agent),
-        ("--files", files.is_some(), *mode == InjectMode::Agent),
-        ("--token-audience", token_audience.is_some(), *mode != InjectMode::Secret),
-    ];
-    if let Some((flag, ..)) = misplaced.iter().find(|(_, given, fits)| *given && !fits) {
-        let modes = if *flag == "--token-audience" { "agent or --mode token" } else { "agent" };
-        return Err(Error::Usage(format!("{flag} says something of an agent; give it with --mode {modes}")));
+    let Inject { mode, container, image, authority_address, files, token_audience, .. } = arguments;
+    if authority_address.is_some() && *mode != InjectMode::Agent {
+        let fault = "--authority-address says something of an agent; give it with --mode agent";
+        return Err(Error::Usage(fault.to_owned()));
     }
-    if let Some(files) = files {
-        for taken in [SOCKET_PATH, CREDENTIALS_PATH] {
-            let within = |one: &str, other: &str| Path::new(one).starts_with(other);
-            if within(files, taken) || within(taken, files) {
-                return Err(Error::Usage(format!(
-                    "--files {files} is in the way of {taken}, which the agent uses for itself; choose another path, such as /etc/certs"
-                )));
-            }
-        }
+    if token_audience.is_some() && *mode == InjectMode::Secret {
+        let fault = "--token-audience says something of an agent; give it with --mode agent or --mode token";
+        return Err(Error::Usage(fault.to_owned()));
     }
-    let audience = token_audience.clone().unwrap_or_else(|| "istio-ca".to_owned());
-    let what = match mode {
-        InjectMode::Secret => What::Secret,
-        InjectMode::Token => What::Token { audience },
-        InjectMode::Agent => What::Agent(Agent {
-            image: image
-                .clone()
-                .unwrap_or_else(|| concat!("localhost/mica:", env!("CARGO_PKG_VERSION")).to_owned()),
-            authority: authority_address.clone().unwrap_or_else(|| "mica.istio-system.svc:15012".to_owned()),
-            audience,
-            files: files.clone(),
-        }),
+    let typed = Typed {
+        prefix: "--",
+        mode: *mode,
+        container: container.as_deref(),
+        image: image.as_deref(),
+        files: files.as_deref(),
+        authority: authority_address.as_deref().unwrap_or("mica.istio-system.svc:15012"),
+        audience: token_audience.as_deref().unwrap_or("istio-ca"),
     };
-    let container = container.clone().unwrap_or_else(|| match mode {
-        InjectMode::Token => AGENT.to_owned(),
-        InjectMode::Secret | InjectMode::Agent => "istio-proxy".to_owned(),
-    });
-    if *mode == InjectMode::Agent && container == AGENT {
-        return Err(Error::Usage(format!(
-            "--container {AGENT} is the agent itself; name the container that it is for, or give --mode token for an agent of your own"
-        )));
-    }
-    Ok(Wish { container, what })
+    typed.wish().map_err(Error::Usage)
 }
 
 fn told(objects: &[(String, Object)], changed: usize) -> String {

@@ -3,6 +3,7 @@
 //! A manifest is edited where something is put in, and nowhere else: comments, order, quotes and layout stay. What was
 //! edited is read again and compared with what it should be, and is not given out otherwise.
 
+mod admission;
 mod edit;
 mod part;
 mod pod;
@@ -12,6 +13,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
+pub use self::admission::{Became, Rules, Verdict, review};
 use self::edit::{Edit, Put, Sheet};
 pub use self::part::Part;
 pub use self::pod::{

@@ -1,5 +1,6 @@
 //! Mica and a real API server.
 
+mod admission;
 mod control_plane;
 mod events;
 mod injection;
