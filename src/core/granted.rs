@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(judged(&[both, roots.clone()], NOW), Err(Error::Several { number: 1, count: 2 }));
         assert!(matches!(
             judged(&["-".to_owned(), roots.clone()], NOW),
-            Err(Error::Several { count: 0, .. })
+            Err(Error::Unreadable { number: 1, .. })
         ));
         assert!(matches!(judged(&[web.clone(), String::new()], NOW), Err(Error::Bundle(_))));
         // A leaf where the roots belong.
