@@ -6,8 +6,8 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{agent, istio_ca};
 use super::serve::{self, MadeKind, ServingName};
+use super::{agent, istio_ca};
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::{DnsName, Organization};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};

@@ -6,6 +6,7 @@
 
 mod json;
 pub mod jwks;
+pub mod svid;
 pub mod trial;
 
 use base64::Engine as _;
@@ -106,6 +107,12 @@ pub enum Fault {
     /// Somebody with an impossible name.
     #[error("the token's sub: {0}")]
     Name(#[from] spiffe::Error),
+    /// Of a trust domain that nothing is known of.
+    #[error("no keys of the trust domain {0}, which the token's sub is of, are known")]
+    TrustDomain(String),
+    /// Its keys verify nothing.
+    #[error("the keys of the trust domain {0} cannot be used: {1}")]
+    Keys(String, jwks::Error),
     /// Two that differ.
     #[error("the token's sub is {sub}, and its kubernetes.io claim is of {claim}")]
     SubjectsDiffer {
@@ -129,7 +136,9 @@ impl Fault {
             | Self::Name(_)
             | Self::SubjectsDiffer { .. } => Reason::TokenMalformed,
             Self::Algorithm(_) | Self::AlgorithmOfKey { .. } => Reason::TokenAlgorithm,
-            Self::KeyUnknown(_) | Self::KeyUnnamed(..) => Reason::TokenKeyUnknown,
+            Self::KeyUnknown(_) | Self::KeyUnnamed(..) | Self::TrustDomain(_) | Self::Keys(..) => {
+                Reason::TokenKeyUnknown
+            }
             Self::Signature => Reason::TokenSignature,
             Self::Audience { .. } => Reason::TokenAudience,
             Self::Expired(_) => Reason::TokenExpired,
@@ -163,6 +172,16 @@ pub struct Token<'a> {
 impl<'a> Token<'a> {
     /// Takes a token apart.
     pub fn read(text: &'a str) -> Result<Self, Fault> {
+        Self::read_as(text, |header| match header.get("typ") {
+            None => Ok(()),
+            Some(Value::String(kind)) if ["jwt", "at+jwt"].iter().any(|it| kind.eq_ignore_ascii_case(it)) => {
+                Ok(())
+            }
+            Some(other) => Err(Fault::Header(format!("its typ is {}, not \"JWT\"", shown(other)))),
+        })
+    }
+
+    fn read_as(text: &'a str, judge: fn(&json::Object) -> Result<(), Fault>) -> Result<Self, Fault> {
         if text.len() > MAX {
             return Err(Fault::Length(text.len()));
         }
@@ -177,12 +196,7 @@ impl<'a> Token<'a> {
             let fault = "it has crit, and mica knows none of the extensions that crit could name";
             return Err(Fault::Header(fault.to_owned()));
         }
-        match header.get("typ") {
-            None => {}
-            Some(Value::String(kind)) if ["jwt", "at+jwt"].iter().any(|it| kind.eq_ignore_ascii_case(it)) => {
-            }
-            Some(other) => return Err(Fault::Header(format!("its typ is {}, not \"JWT\"", shown(other)))),
-        }
+        judge(&header)?;
         let kid = match header.remove("kid") {
             None => None,
             Some(Value::String(kid)) => Some(kid),
