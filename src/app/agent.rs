@@ -39,12 +39,16 @@ async fn start(args: Args) -> Result<(), Error> {
     asker.check().map_err(usage)?;
     let credentials = Credentials { token: args.token_file.clone(), certificate: args.certificate.clone() };
     let wishes = Wishes { own: Some(args.identity.clone()), credentials, ..Wishes::default() };
+    let names = <[String; 3]>::try_from(args.file_names.clone()).map_err(|names| {
+        let names = names.join(",");
+        usage(format_args!("--file-names {names} are not three names, of chain, key and trust bundle"))
+    })?;
     let http = bind(args.http_address, "--http-address").await?;
     let open_files = listen::raise_open_files();
 
     let (agent, wanted) = Agent::new(asker, wishes);
     let agent = Arc::new(agent);
-    let folder = Folder::open(args.files.clone(), files(&args)).map_err(usage)?;
+    let folder = Folder::open(args.files.clone(), files(&args, names)).map_err(usage)?;
     if let Some(id) = folder.take_over(&agent, args.identity.as_ref()) {
         agent.is(&id);
     }
@@ -100,7 +104,7 @@ fn readiness(agent: Arc<Agent>) -> admin::Ready {
     })
 }
 
-fn files(args: &Args) -> Options {
+fn files(args: &Args, names: [String; 3]) -> Options {
     let access = Access {
         mode: args.files_mode,
         owner: Some(args.files_owner.unwrap_or(dir::our_user())),
@@ -111,5 +115,5 @@ fn files(args: &Args) -> Options {
         ([], ..) => None,
         (words, ..) => Some(Told::Program(words.to_vec())),
     };
-    Options { access, names: <[String; 3]>::try_from(args.file_names.clone()).ok(), told }
+    Options { access, names: Some(names), told }
 }

@@ -20,7 +20,7 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::{Authority, Keeper};
-use crate::cluster::{AsIstioCa, Cluster, ClusterStore, Events};
+use crate::cluster::{AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -155,7 +155,11 @@ async fn start(typed: Typed) -> Result<(), Error> {
         (Some(place), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
-            let store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
+            let mut store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
+            // istio-ca's rights know no ConfigMaps.
+            if let (Subjects::Cluster { cluster, tellings }, None) = (&subjects, istio_ca) {
+                store = store.remembered_by(Box::new(ClusterMemory::new(cluster, tellings.clone())));
+            }
             run_with(typed, data, subjects, store, signals).await
         }
     }

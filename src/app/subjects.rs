@@ -171,7 +171,7 @@ fn follow_cluster(
     let mut leadership = if is_istio_ca {
         Leadership::always()
     } else {
-        let election = Election::new(&cluster, tellings.clone());
+        let election = Election::new(&cluster, tellings.clone(), objects.clone());
         election.register(registry);
         let leadership = election.leadership();
         let stop = stopping(stopped);

@@ -30,7 +30,7 @@ use kube::{Api, Client, Config, Resource};
 use serde::Deserialize;
 
 pub use accounts::{AccountSource, Wanted};
-pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
+pub use authority::{AsIstioCa, AuthorityError, ClusterMemory, ClusterStore};
 pub use events::{EventReason, Events, Severity};
 pub use keyring::ClusterKeyring;
 pub use lease::{Election, Leadership};

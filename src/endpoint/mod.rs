@@ -1,6 +1,8 @@
 //! The Workload Endpoint: what the agent serves on its Unix socket (SPIFFE_Workload_Endpoint.md), to processes that it
 //! knows by their peer credentials.
 
+pub mod sds;
+
 use std::sync::Arc;
 
 use tonic::{Extensions, Status};

@@ -7,7 +7,8 @@ mod own;
 mod pin;
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
 
 pub use brought::{BroughtStore, Place};
 pub use keyring::FolderKeyring;
@@ -16,7 +17,7 @@ pub use own::OwnStore;
 pub use pin::fingerprints;
 
 use crate::core::authority_files;
-use crate::core::bundle;
+use crate::core::bundle::{self, TrustBundle};
 use crate::core::issuer::{self, Issuer};
 use crate::core::keyring::Keyring;
 use crate::core::spiffe::TrustDomain;
@@ -31,6 +32,16 @@ pub trait AuthorityStore: Send {
     /// Waits until loading anew may give something else. May be dropped and called again.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
 }
+
+/// What remembers roots beside the data folder, which may be empty at every start.
+pub trait Memory: Send {
+    /// Compares roots, which come from a place, with those known before, and remembers them where there were none. Waits
+    /// for as long as that cannot be asked.
+    fn agree<'a>(&'a mut self, brought: &'a TrustBundle, place: &'a Path) -> Agreed<'a>;
+}
+
+/// Whether roots may be issued below.
+pub type Agreed<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
 
 /// Where the keys of JWT-SVIDs are kept, with the number of the bundle that they are published in.
 pub trait KeyringStore: Send {

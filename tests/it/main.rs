@@ -3,6 +3,7 @@
 // A test asks the machine directly; what must not is src/.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
+mod agent;
 mod cli;
 mod cluster;
 mod conformance;

@@ -618,7 +618,7 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
     client.impersonated(&for_others, "spiffe://cluster.local/ns/shop/sa/nobody").unwrap_err();
     client.identity(&gone).unwrap_err();
     shop.delete_pod("web-1");
-    client.identity(&token).unwrap_err();
+    wait_for(soon, "a refusal", || client.identity(&token).err());
 
     let namespace = format!("--namespace={OWN}");
     let rules = |kind: &str| -> Value {
