@@ -3,6 +3,7 @@
 mod control_plane;
 mod events;
 mod istio_ca;
+mod keyring;
 mod knowledge;
 mod lease;
 mod manifests;
