@@ -14,6 +14,7 @@ pub mod csr;
 mod der;
 pub mod election;
 pub mod fair;
+pub mod federation;
 pub mod forwarded;
 pub mod granted;
 pub mod inspect;
