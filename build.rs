@@ -20,12 +20,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "google/rpc/error_details.proto",
     ];
     let local = ["spiffe/workload.proto"];
+    let xds = [
+        "envoy/extensions/transport_sockets/tls/v3/secret.proto",
+        "envoy/extensions/transport_sockets/tls/v3/tls_spiffe_validator_config.proto",
+        "envoy/service/secret/v3/sds.proto",
+    ];
     // What reflection tells those who ask, of the authority and of the agent.
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("descriptors.bin"), compiled(&served)?.encode_file_descriptor_set())?;
-    std::fs::write(out.join("local_descriptors.bin"), compiled(&local)?.encode_file_descriptor_set())?;
+    let reflected = compiled(&[&local[..], &xds].concat())?;
+    std::fs::write(out.join("local_descriptors.bin"), reflected.encode_file_descriptor_set())?;
     let all = compiled(&[&served[..], &local].concat())?.file_descriptor_set();
     tonic_prost_build::configure().compile_fds(all)?;
+    // With an Any of their own, whose bytes many responses share. What may hold a key is not shown.
+    let own = out.join("xds");
+    std::fs::create_dir_all(&own)?;
+    tonic_prost_build::configure()
+        .out_dir(own)
+        .compile_well_known_types(true)
+        .bytes(".google.protobuf.Any")
+        .skip_debug(["google.protobuf.Any", "envoy.config.core.v3.DataSource"])
+        .compile_fds(compiled(&xds)?.file_descriptor_set())?;
     Ok(())
 }
 

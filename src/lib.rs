@@ -3,13 +3,16 @@
 //! The rooms, lowest rank first; `tests/layering.rs` keeps the direction.
 
 pub mod admin;
+pub mod agent;
 pub mod app;
+pub mod attest;
 pub mod auth;
 pub mod authority;
 pub mod client;
 pub mod cluster;
 pub mod config;
 pub mod core;
+pub mod endpoint;
 pub mod proto;
 pub mod reconcile;
 pub mod serve;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapError};
 use clap::{CommandFactory as _, Parser as _};
 
-use mica::app::serve;
+use mica::app::{agent, serve};
 use mica::config::cli::{Cli, Command, Output};
 use mica::config::{istio_ca, serve as config};
 use mica::core::inspect::one_line;
@@ -36,6 +36,7 @@ fn run() -> ExitCode {
     let output = cli.output;
     match cli.command {
         Command::Serve(arguments) => run_serve(*arguments, output),
+        Command::Agent(arguments) => ended(agent::run(*arguments)),
         Command::IstioCa(arguments) => match (arguments.command, arguments.serve()) {
             (Some(istio_ca::Command::Version), _) => {
                 write(&Cli::command().render_version()).unwrap_or(ExitCode::SUCCESS)
@@ -59,7 +60,11 @@ fn run() -> ExitCode {
 }
 
 fn run_serve(arguments: config::Args, output: Output) -> ExitCode {
-    match serve::run(arguments, output) {
+    ended(serve::run(arguments, output))
+}
+
+fn ended(how: Result<(), serve::Error>) -> ExitCode {
+    match how {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault @ serve::Error::Usage(_)) => failed(&fault.to_string(), BAD_INPUT),
         Err(fault @ serve::Error::Fault(_)) => failed(&fault.to_string(), OUR_FAULT),

@@ -19,8 +19,8 @@ use super::{report, tokens};
 use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
-use crate::authority::Authority;
-use crate::cluster::{AsIstioCa, Cluster, ClusterStore, Events};
+use crate::authority::{Authority, Keeper};
+use crate::cluster::{AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -31,10 +31,10 @@ use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
 use crate::serve::webhook::{self, Injector};
-use crate::serve::{self, Requests};
+use crate::serve::{self, Agents, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
-use crate::store::{AuthorityStore, BroughtStore, OwnStore, Place};
+use crate::store::{AuthorityStore, BroughtStore, FolderKeyring, OwnStore, Place};
 use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
 use crate::telemetry;
@@ -57,7 +57,7 @@ const LOCK: &str = "lock";
 /// The delivered folders, in the data folder unless they are elsewhere.
 const SECRETS: &str = "secrets";
 /// What is under way when a signal comes has this long to end.
-const GRACE: Duration = Duration::from_secs(10);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 /// And calls of clients this long.
 const HANG_UP: Duration = Duration::from_secs(2);
 
@@ -103,10 +103,7 @@ struct Typed {
 async fn start(typed: Typed) -> Result<(), Error> {
     let args = &typed.args;
     // First of all, so that a signal never finds the default, which is to die on the spot.
-    let signals = Signals {
-        terminate: signal(SignalKind::terminate()).map_err(fault)?,
-        interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
-    };
+    let signals = Signals::new()?;
     let (subjects, what) = match args.origin().map_err(usage)? {
         Origin::Folder(folder) => {
             let secrets = args.secrets.clone().unwrap_or_else(|| args.data_dir.join(SECRETS));
@@ -161,7 +158,11 @@ async fn start(typed: Typed) -> Result<(), Error> {
         (Some(place), _) => {
             let passphrase =
                 args.passphrase_file.as_deref().map(files::read_passphrase).transpose().map_err(usage)?;
-            let store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
+            let mut store = BroughtStore::new(data.try_clone().map_err(fault)?, place, passphrase);
+            // istio-ca's rights know no ConfigMaps.
+            if let (Subjects::Cluster { cluster, tellings }, None) = (&subjects, istio_ca) {
+                store = store.remembered_by(Box::new(ClusterMemory::new(cluster, tellings.clone())));
+            }
             run_with(typed, data, subjects, store, signals).await
         }
     }
@@ -216,6 +217,8 @@ async fn run_with(
         None => None,
     };
     let mut tasks = JoinSet::new();
+    // Whoever has istio-ca's rights has no place in the cluster for more than istio-ca kept there.
+    let is_shared = subjects.cluster().is_some() && args.istio_ca.is_none();
     let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
@@ -263,9 +266,17 @@ async fn run_with(
         queue,
         csr_metrics,
     ));
+    let agents = Agents::new(requests.clone());
+    agents.register(&mut registry);
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
     certificate.begin();
 
+    if !is_shared {
+        let keyring = FolderKeyring::new(data.try_clone().map_err(fault)?);
+        let mut keeper = Keeper::new(authority.clone(), keyring);
+        keeper.look().await;
+        tasks.spawn(until(stopping(), keeper.keep()));
+    }
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     let watched = authority.clone();
     tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
@@ -299,7 +310,7 @@ async fn run_with(
     if let Some(grpc) = grpc {
         tasks.spawn(async move {
         tokio::select! {
-            served = serve::serve(grpc, open_files, certificate, ready, requests, ends) => served.map_err(fault),
+            served = serve::serve(grpc, open_files, certificate, ready, requests, agents, ends) => served.map_err(fault),
             () = cut => Ok(()),
         }
     });
@@ -345,13 +356,21 @@ async fn run_with(
 }
 
 /// SIGTERM and SIGINT, which both ask Mica to stop.
-struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    async fn next(&mut self) {
+    /// Takes them over.
+    pub(super) fn new() -> Result<Self, Error> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(fault)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(fault)?,
+        })
+    }
+
+    pub(super) async fn next(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
@@ -428,7 +447,7 @@ fn twins(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
     Ok((TcpListener::from_std(listener.try_clone()?)?, TcpListener::from_std(listener)?))
 }
 
-async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
+pub(super) async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
     TcpListener::bind(address).await.map_err(|e| {
         usage(format_args!("cannot listen on {flag} {address}: {}; port 0 picks a free one", sys::reason(&e)))
     })
@@ -445,7 +464,7 @@ pub(super) async fn until(
     Ok(())
 }
 
-fn unexpected(ended: Option<Result<Result<(), Error>, tokio::task::JoinError>>) -> Error {
+pub(super) fn unexpected(ended: Option<Result<Result<(), Error>, tokio::task::JoinError>>) -> Error {
     match ended {
         Some(Ok(Err(error))) => error,
         Some(Err(panic)) => Error::Fault(format!("a task failed: {panic}")),
@@ -468,6 +487,6 @@ pub(super) fn usage(why: impl ToString) -> Error {
     Error::Usage(why.to_string())
 }
 
-fn fault(why: impl ToString) -> Error {
+pub(super) fn fault(why: impl ToString) -> Error {
     Error::Fault(why.to_string())
 }

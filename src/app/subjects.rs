@@ -16,10 +16,10 @@ use super::serve::{Error, stopping, until, usage};
 use super::{report, tokens};
 use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
-use crate::authority::Authority;
+use crate::authority::{Authority, Keeper};
 use crate::cluster::{
-    AccountSource, Cluster, Election, EventReason, Events, Leadership, Namespaces, Objects, Roots,
-    RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
+    AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, Leadership, Namespaces, Objects,
+    Roots, RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
 };
 use crate::config::serve::{Args, MadeKind};
 use crate::core::key::KeyKind;
@@ -171,7 +171,7 @@ fn follow_cluster(
     let mut leadership = if is_istio_ca {
         Leadership::always()
     } else {
-        let election = Election::new(&cluster, tellings.clone());
+        let election = Election::new(&cluster, tellings.clone(), objects.clone());
         election.register(registry);
         let leadership = election.leadership();
         let stop = stopping(stopped);
@@ -209,6 +209,8 @@ fn follow_cluster(
             let trust = Arc::new(WebhookTrust::new(&cluster, webhook, current, leadership.clone()));
             tasks.spawn(until(stopping(stopped), async move { trust.run().await }));
         }
+        let keeper = Keeper::new(authority.clone(), ClusterKeyring::new(&cluster, leadership.clone()));
+        tasks.spawn(until(stopping(stopped), keeper.keep()));
         let door = authority.clone();
         let current = Box::new(move || door.issuer().bundle().clone());
         let roots = Arc::new(Roots::new(

@@ -10,7 +10,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
-use super::Authority;
+use super::{Authority, JwtError};
 use crate::sys::clock;
 use crate::telemetry::Unsuffixed;
 
@@ -31,6 +31,8 @@ pub struct Metrics {
     failed: Family<Reason, Counter>,
     all_issued: Unsuffixed,
     all_failed: Unsuffixed,
+    tokens: Counter,
+    tokens_failed: Family<Reason, Counter>,
     reload_failures: Counter,
     stale: Gauge,
 }
@@ -45,6 +47,14 @@ impl Metrics {
     pub(super) fn failed(&self, reason: &'static str) {
         self.failed.get_or_create(&Reason { reason }).inc();
         self.all_failed.inc();
+    }
+
+    pub(super) fn token_issued(&self) {
+        self.tokens.inc();
+    }
+
+    pub(super) fn token_failed(&self, reason: &'static str) {
+        self.tokens_failed.get_or_create(&Reason { reason }).inc();
     }
 
     /// Counts an authority that was brought anew and could not be taken.
@@ -72,6 +82,15 @@ impl Authority {
             "mica_issue_failures",
             "Certificates not issued, by reason",
             metrics.failed.clone(),
+        );
+        registry.register("mica_jwt_svids_issued", "JWT-SVIDs issued", metrics.tokens.clone());
+        for reason in JwtError::REASONS {
+            drop(metrics.tokens_failed.get_or_create(&Reason { reason }));
+        }
+        registry.register(
+            "mica_jwt_svid_failures",
+            "JWT-SVIDs that could not be signed, by reason",
+            metrics.tokens_failed.clone(),
         );
         registry.register(
             "mica_authority_reload_failures",
@@ -111,6 +130,15 @@ impl Collector for Expiry {
         let issuer = self.0.issuer();
         let now = clock::now();
         let roots = issuer.bundle().roots().iter().map(|root| root.validity.not_after).min();
+        let bundles = self.0.bundles().borrow().clone();
+        let sequence = ConstGauge::new(bundles.own.as_ref().and_then(|own| own.sequence).unwrap_or(0));
+        let help = "Number of the trust bundle (spiffe_sequence), 0 while there is none";
+        sequence.encode(encoder.encode_descriptor(
+            "mica_bundle_sequence",
+            help,
+            None,
+            sequence.metric_type(),
+        )?)?;
         let ending = ConstGauge::new(u64::from(issuer.is_ending(now)));
         let help = "1 while less than a fifth of the issuer's time, and less than 30 days, are left, else 0";
         ending.encode(encoder.encode_descriptor(

@@ -1,19 +1,26 @@
 //! The living CA. Every certificate that a running Mica issues goes through [`Authority::issue`].
 
+mod bundles;
+mod jwt;
 mod metrics;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::sync::Notify;
+use tokio::sync::watch::Sender;
 use tokio::time::Instant;
 
+pub use bundles::Bundles;
+pub use jwt::{JwtError, JwtGrant, JwtOrder, Keeper};
 pub use metrics::Metrics;
 
 use crate::core::issuer::{self, Issued, Issuer, Order};
+use crate::core::keyring::Keyring;
 use crate::core::spiffe::TrustDomain;
 use crate::sys::{clock, keys};
 
@@ -83,13 +90,23 @@ impl<'a> Cause<'a> {
 pub struct Authority {
     trust_domain: TrustDomain,
     issuer: ArcSwap<Issuer>,
+    keyring: ArcSwapOption<Keyring>,
+    bundles: Sender<Arc<Bundles>>,
+    replaced: Notify,
     metrics: Metrics,
 }
 
 impl Authority {
     /// Begins with an issuer.
     pub fn new(trust_domain: TrustDomain, issuer: Issuer) -> Self {
-        Self { trust_domain, issuer: ArcSwap::from_pointee(issuer), metrics: Metrics::default() }
+        Self {
+            trust_domain,
+            issuer: ArcSwap::from_pointee(issuer),
+            keyring: ArcSwapOption::empty(),
+            bundles: Sender::default(),
+            replaced: Notify::new(),
+            metrics: Metrics::default(),
+        }
     }
 
     /// The one door.
@@ -121,9 +138,15 @@ impl Authority {
         self.issuer.load_full()
     }
 
-    /// Takes another issuer below the same roots. Nothing that was issued is touched: it stays valid.
+    /// Takes another issuer below the same roots. Nothing that was issued is touched: it stays valid, and those who hear
+    /// of it are told to renew.
     pub fn replace(&self, issuer: Issuer) {
         self.issuer.store(Arc::new(issuer));
+        self.bundles.send_modify(|bundles| {
+            *bundles =
+                Arc::new(Bundles { renew_issued_before: Some(clock::now()), ..Bundles::clone(bundles) });
+        });
+        self.replaced.notify_one();
     }
 
     /// Says again and again that the issuer is about to end, for ever.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::client::{Resumption, WantsClientCert, WebPkiServerVerifier};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{CertificateError, ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, ConfigBuilder, RootCertStore};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -84,8 +84,8 @@ impl Dial {
             .with_webpki_verifier(self.verifier.clone());
         let mut config = match &self.credential {
             Credential::Certificate(folder) => {
-                let (chain, key) = shown_certificate(folder)?;
-                builder.with_client_auth_cert(chain, key).map_err(|fault| Error::Certificate {
+                let (chain, key) = certificate_in(folder)?;
+                showing(builder, &chain, &key).map_err(|fault| Error::Certificate {
                     folder: folder.display().to_string(),
                     fault: match fault {
                         rustls::Error::InconsistentKeys(_) => {
@@ -95,6 +95,7 @@ impl Dial {
                     },
                 })?
             }
+            Credential::Held(chain, key) => showing(builder, chain, key).map_err(tls)?,
             Credential::None | Credential::Token(_) => builder.with_no_client_auth(),
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
@@ -167,10 +168,17 @@ impl Service<Uri> for Dial {
     }
 }
 
+fn showing(
+    builder: ConfigBuilder<ClientConfig, WantsClientCert>,
+    chain: &[Certificate],
+    key: &PrivateKey,
+) -> Result<ClientConfig, rustls::Error> {
+    let chain = chain.iter().map(|certificate| CertificateDer::from(certificate.der().to_owned())).collect();
+    builder.with_client_auth_cert(chain, PrivateKeyDer::Pkcs8(key.pkcs8().to_owned().into()))
+}
+
 /// The certificate in a folder, of one set where the folder is published as a whole.
-fn shown_certificate(
-    folder: &std::path::Path,
-) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Error> {
+fn certificate_in(folder: &std::path::Path) -> Result<(Vec<Certificate>, PrivateKey), Error> {
     let refused = |fault: String| Error::Certificate { folder: folder.display().to_string(), fault };
     let found = files::read_named(folder, &[CHAIN, KEY], crate::core::pem::MAX as u64)
         .map_err(|fault| refused(fault.to_string()))?;
@@ -180,8 +188,7 @@ fn shown_certificate(
     let public = chain.first().and_then(|leaf| leaf.key().ok());
     let key = PrivateKey::from_pem(file(KEY)?, None, public.as_ref())
         .map_err(|fault| refused(format!("{KEY}: {fault}")))?;
-    let chain = chain.iter().map(|certificate| CertificateDer::from(certificate.der().to_owned())).collect();
-    Ok((chain, PrivateKeyDer::Pkcs8(key.pkcs8().to_owned().into())))
+    Ok((chain, key))
 }
 
 /// rustls gives names as `DnsName("a")` and `IpAddress(127.0.0.1)`.

@@ -23,6 +23,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::core::bundle::TrustBundle;
+use crate::core::certificate::Certificate;
+use crate::core::key::PrivateKey;
 use crate::core::lifetime::Lifetime;
 use crate::core::refusal::DOMAIN;
 use crate::core::spiffe::SpiffeId;
@@ -270,7 +272,7 @@ pub struct Target {
 }
 
 /// What a client shows.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Credential {
     /// Nothing.
     None,
@@ -278,6 +280,8 @@ pub enum Credential {
     Token(PathBuf),
     /// A folder with cert-chain.pem and key.pem, read for each connection.
     Certificate(PathBuf),
+    /// A certificate, then its intermediates, and its key.
+    Held(Vec<Certificate>, Arc<PrivateKey>),
 }
 
 /// Puts a load on a running Mica: the same few CSRs again and again.

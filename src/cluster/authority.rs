@@ -3,24 +3,23 @@
 //! A new root is made only where the cluster shows no trace of an earlier one. Which roots there were is written into the
 //! ConfigMap `mica-authority` before anything is issued below them, and others are refused from then on.
 
-mod remembered;
+mod home;
+mod memory;
+mod trace;
 mod watching;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Secret};
-use kube::Client;
-use kube::core::Request;
-use kube::core::params::{GetParams, PostParams};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use serde_json::json;
 use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroizing;
 
-use super::call::{Call, Fault, call, jittered};
+use super::Cluster;
+use super::call::{Fault, jittered};
 use super::events::{EventReason, Events, Severity};
-use super::{Cluster, MANAGER};
 use crate::core::authority_files::{self, CA_CERT, CA_KEY, CERT_CHAIN};
 use crate::core::bundle::TrustBundle;
 use crate::core::issuer::Issuer;
@@ -29,6 +28,8 @@ use crate::core::profile::Organization;
 use crate::core::spiffe::TrustDomain;
 use crate::store::{self, AuthorityStore, MAX_FILE, Made, ROOTS, fingerprints};
 use crate::sys::dir::{Access, Dir};
+use home::Home;
+pub use memory::ClusterMemory;
 use watching::Watching;
 
 /// The CA that an operator brings. It counts, if it is there.
@@ -78,7 +79,7 @@ pub enum AuthorityError {
     },
     /// It has another root.
     #[error(
-        "the root has changed: {witness} has known {known}, and the secret {secret} in the namespace {namespace} now brings {brought}; workloads that trust the old root would refuse the new one. Bring a CA below the old root, or see \"Switching to another root\" in docs/operations.md: every identity is then issued again"
+        "the root has changed: {witness} has known {known}, and {place} now brings {brought}; workloads that trust the old root would refuse the new one. Bring a CA below the old root, or see \"Switching to another root\" in docs/operations.md: every identity is then issued again"
     )]
     ChangedRoot {
         /// Who says so.
@@ -86,15 +87,13 @@ pub enum AuthorityError {
         /// Fingerprints of the roots known.
         known: String,
         /// Where the new one comes from.
-        namespace: String,
-        /// Which secret.
-        secret: &'static str,
+        place: String,
         /// Fingerprints of the roots brought.
         brought: String,
     },
     /// What was remembered cannot be read.
     #[error(
-        "the ConfigMap {MARKER} in the namespace {namespace} cannot be read: {fault}; it holds the roots that this cluster has known: restore it, or, if the secret is surely the right one, delete the ConfigMap, which mica then writes anew"
+        "the ConfigMap {MARKER} in the namespace {namespace} cannot be read: {fault}; it holds the roots that this cluster has known: restore it, or, if the CA is surely the right one, delete the ConfigMap, which mica then writes anew"
     )]
     Marker {
         /// Where it is.
@@ -154,6 +153,33 @@ impl From<Fault> for Failure {
     }
 }
 
+/// What is asked again and again, more and more slowly.
+struct Tries {
+    pause: Duration,
+}
+
+impl Default for Tries {
+    fn default() -> Self {
+        Self { pause: FIRST_PAUSE }
+    }
+}
+
+impl Tries {
+    /// Waits after one that was of no avail.
+    async fn after(&mut self, fault: &Fault) {
+        match fault {
+            Fault::Denied(_) => tracing::error!(%fault, "the authority cannot be read; trying again"),
+            _ => tracing::warn!(%fault, "the authority cannot be read yet; trying again"),
+        }
+        let mut wait = jittered(self.pause);
+        if let Fault::Away(_, Some(after)) = fault {
+            wait = wait.max(jittered((*after).min(LOOK)));
+        }
+        sleep(wait).await;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
 /// An authority in the cluster.
 pub struct ClusterStore {
     kept: Kept,
@@ -175,8 +201,7 @@ pub struct AsIstioCa {
 
 /// What is kept, where, and what is known of it.
 struct Kept {
-    client: Client,
-    namespace: String,
+    home: Home,
     data: Dir,
     /// What this process has issued below, whatever becomes of the cluster.
     known: Option<TrustBundle>,
@@ -190,23 +215,20 @@ struct Kept {
 impl ClusterStore {
     /// Takes the data folder, whose lock the caller holds.
     pub fn new(cluster: &Cluster, tellings: Arc<Events>, data: Dir) -> Self {
-        let (client, namespace) = (cluster.client.clone(), cluster.namespace().to_owned());
-        let only = cluster.only.clone();
-        let watching = Watching::new(&client, &namespace, [BROUGHT, OWN]);
-        let kept = Kept { client, namespace, data, only, known: None, seen: None, as_istio_ca: None };
+        let (home, only) = (Home::new(cluster), cluster.only.clone());
+        let watching = Watching::new(&home.client, &home.namespace, [BROUGHT, OWN]);
+        let kept = Kept { home, data, only, known: None, seen: None, as_istio_ca: None };
         Self { kept, tellings, watching, next_look: Instant::now() + LOOK, missing: None }
     }
 
-    /// Tells of it beside the secret. What ends a start ends it before anything could be posted.
+    /// Tells of it beside the secret.
     fn tell(&self, error: &store::Error) {
+        // Which has no right to.
+        if self.kept.as_istio_ca.is_some() {
+            return;
+        }
         let is_brought = self.kept.seen.as_ref().is_some_and(|[brought, ..]| brought.is_some());
-        let secret = ObjectReference {
-            api_version: Some("v1".to_owned()),
-            kind: Some("Secret".to_owned()),
-            name: Some(if is_brought { BROUGHT } else { OWN }.to_owned()),
-            namespace: Some(self.kept.namespace.clone()),
-            ..ObjectReference::default()
-        };
+        let secret = self.kept.home.reference("Secret", if is_brought { BROUGHT } else { OWN });
         self.tellings.tell(&secret, Severity::Warning, EventReason::AuthorityUnusable, error.to_string());
     }
 
@@ -227,12 +249,12 @@ impl Kept {
         loop {
             let looked = self.look().await?;
             self.seen = Some(looked.versions());
-            let marked = looked.marker.as_ref().map(|marker| self.roots_of(marker)).transpose()?;
+            let marked = looked.marker.as_ref().map(|marker| self.home.roots_of(marker)).transpose()?;
             if let Some((name, secret)) = looked.secret() {
                 let issuer = self.read(name, secret, trust_domain)?;
                 self.check(name, &issuer, marked.as_ref())?;
                 if marked.is_none() && self.as_istio_ca.is_none() {
-                    self.mark(issuer.bundle()).await?;
+                    self.home.mark(issuer.bundle()).await?;
                 }
                 self.publish(issuer.bundle())?;
                 self.known = Some(TrustBundle::clone(issuer.bundle()));
@@ -240,7 +262,7 @@ impl Kept {
             }
             // Who made the trace may have made the secret a moment after it was looked for.
             if let Some(trace) = trace {
-                return Err(AuthorityError::Lost { namespace: self.namespace.clone(), trace }.into());
+                return Err(AuthorityError::Lost { namespace: self.home.namespace.clone(), trace }.into());
             }
             trace = match marked {
                 Some(_) => Some(format!("the ConfigMap {MARKER} there")),
@@ -260,31 +282,13 @@ impl Kept {
 
     async fn look(&self) -> Result<Looked, Fault> {
         if self.as_istio_ca.is_some() {
-            return Ok(Looked { brought: None, own: self.get("secrets", OWN).await?, marker: None });
+            return Ok(Looked { brought: None, own: self.home.get("secrets", OWN).await?, marker: None });
         }
         Ok(Looked {
-            brought: self.get("secrets", BROUGHT).await?,
-            own: self.get("secrets", OWN).await?,
-            marker: self.get("configmaps", MARKER).await?,
+            brought: self.home.get("secrets", BROUGHT).await?,
+            own: self.home.get("secrets", OWN).await?,
+            marker: self.home.get("configmaps", MARKER).await?,
         })
-    }
-
-    async fn get<T: serde::de::DeserializeOwned>(
-        &self,
-        resource: &'static str,
-        name: &'static str,
-    ) -> Result<Option<T>, Fault> {
-        let what = Call { verb: "get", resource, namespace: Some(&self.namespace), name: Some(name) };
-        let request = Request::new(self.path(resource)).get(name, &GetParams::default());
-        match call(&self.client, what, request).await {
-            Ok(object) => Ok(Some(object)),
-            Err(Fault::Absent(_)) => Ok(None),
-            Err(fault) => Err(fault),
-        }
-    }
-
-    fn path(&self, resource: &str) -> String {
-        format!("/api/v1/namespaces/{}/{resource}", self.namespace)
     }
 
     fn read(
@@ -293,8 +297,11 @@ impl Kept {
         secret: &Secret,
         trust_domain: &TrustDomain,
     ) -> Result<Issuer, AuthorityError> {
-        let bad =
-            |fault: String| AuthorityError::Secret { namespace: self.namespace.clone(), secret: name, fault };
+        let bad = |fault: String| AuthorityError::Secret {
+            namespace: self.home.namespace.clone(),
+            secret: name,
+            fault,
+        };
         let kind = secret.type_.as_deref().unwrap_or_default();
         if name == OWN && kind != OWN_TYPE {
             return Err(bad(format!(
@@ -314,7 +321,7 @@ impl Kept {
         let published = self.published()?;
         let witnesses = [
             (self.known.as_ref(), "this process".to_owned()),
-            (marked, format!("the ConfigMap {MARKER} there")),
+            (marked, self.home.marker()),
             (published.as_ref(), self.data.path().join(ROOTS).display().to_string()),
         ];
         for (known, witness) in witnesses {
@@ -322,8 +329,7 @@ impl Kept {
                 return Err(AuthorityError::ChangedRoot {
                     witness,
                     known: fingerprints(known),
-                    namespace: self.namespace.clone(),
-                    secret,
+                    place: format!("the secret {secret} in the namespace {}", self.home.namespace),
                     brought: fingerprints(issuer.bundle()),
                 }
                 .into());
@@ -340,36 +346,16 @@ impl Kept {
         };
         let secret = json!({
             "apiVersion": "v1", "kind": "Secret", "type": OWN_TYPE,
-            "metadata": {"name": OWN, "namespace": self.namespace},
+            "metadata": {"name": OWN, "namespace": self.home.namespace},
             // As Istio writes it: the root alone, and the other names empty.
             "stringData": {
                 CA_CERT: root_pem, CA_KEY: key.to_pem().as_str(), CERT_CHAIN: "", "key.pem": "", ROOTS: "",
             },
         });
-        match self.create("secrets", OWN, &secret).await {
-            Ok(()) => {
-                tracing::info!(namespace = self.namespace, secret = OWN, "a new root was made");
-                Ok(())
-            }
-            Err(Fault::Taken(_)) => Ok(()),
-            Err(Fault::Absent(_)) => {
-                Err(AuthorityError::NoNamespace { namespace: self.namespace.clone() }.into())
-            }
-            Err(fault) => Err(fault.into()),
+        if self.home.create("secrets", OWN, &secret).await? {
+            tracing::info!(namespace = self.home.namespace, secret = OWN, "a new root was made");
         }
-    }
-
-    async fn create(
-        &self,
-        resource: &'static str,
-        name: &'static str,
-        object: &serde_json::Value,
-    ) -> Result<(), Fault> {
-        let what = Call { verb: "create", resource, namespace: Some(&self.namespace), name: Some(name) };
-        let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-        let body = Zeroizing::new(object.to_string().into_bytes());
-        let request = Request::new(self.path(resource)).create(&params, body.to_vec());
-        call::<serde::de::IgnoredAny>(&self.client, what, request).await.map(drop)
+        Ok(())
     }
 
     /// The roots published in the data folder. What cannot be read is no witness.
@@ -394,26 +380,17 @@ impl Kept {
 impl AuthorityStore for ClusterStore {
     /// Waits for as long as the API server does not answer.
     async fn load(&mut self, trust_domain: &TrustDomain) -> Result<Issuer, store::Error> {
-        let mut pause = FIRST_PAUSE;
+        let mut tries = Tries::default();
         loop {
-            let fault = match self.kept.attempt(trust_domain).await {
+            match self.kept.attempt(trust_domain).await {
                 Ok(issuer) => return Ok(issuer),
+                Err(Failure::Later(fault)) => tries.after(&fault).await,
                 Err(Failure::Final(error)) => {
                     self.tell(&error);
+                    self.tellings.flush().await;
                     return Err(error);
                 }
-                Err(Failure::Later(fault)) => fault,
-            };
-            let mut wait = jittered(pause);
-            match &fault {
-                Fault::Denied(_) => tracing::error!(%fault, "the authority cannot be read; trying again"),
-                _ => tracing::warn!(%fault, "the authority cannot be read yet; trying again"),
             }
-            if let Fault::Away(_, Some(after)) = fault {
-                wait = wait.max(jittered(after.min(LOOK)));
-            }
-            sleep(wait).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 

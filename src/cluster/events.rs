@@ -187,14 +187,29 @@ impl Events {
     pub async fn post(&self) {
         let mut inbox = self.inbox.lock().await;
         while let Some(waiting) = inbox.recv().await {
-            match self.try_to_post(&waiting.event).await {
-                Ok(()) => self.count("posted"),
-                Err(fault) => {
-                    let (reason, fault) = (waiting.key.reason.name(), fault.as_str());
-                    tracing::warn!(reason, fault, "a Kubernetes Event cannot be posted");
-                    self.told().forget(&waiting.key);
-                    self.count("failed");
-                }
+            self.post_one(waiting).await;
+        }
+    }
+
+    /// Posts once what nobody has begun to post, for as long as one request may take: before an end.
+    pub async fn flush(&self) {
+        let Ok(mut inbox) = self.inbox.try_lock() else { return };
+        let waiting = async {
+            while let Ok(waiting) = inbox.try_recv() {
+                self.post_one(waiting).await;
+            }
+        };
+        let _ = tokio::time::timeout(PATIENCE, waiting).await;
+    }
+
+    async fn post_one(&self, waiting: Waiting) {
+        match self.try_to_post(&waiting.event).await {
+            Ok(()) => self.count("posted"),
+            Err(fault) => {
+                let (reason, fault) = (waiting.key.reason.name(), fault.as_str());
+                tracing::warn!(reason, fault, "a Kubernetes Event cannot be posted");
+                self.told().forget(&waiting.key);
+                self.count("failed");
             }
         }
     }

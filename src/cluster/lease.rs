@@ -20,20 +20,14 @@ use tokio::time::Instant;
 
 use super::call::{Call, Fault, call, jittered};
 use super::events::{EventReason, Events, Severity};
-use super::{Cluster, MANAGER, PATIENCE};
-use crate::core::election::{Candidate, Record, Step};
+use super::{Cluster, MANAGER, Objects, PATIENCE};
+use crate::core::election::{Candidate, LASTS, LOOK, MARGIN, Record, Step, TURN, WRITES};
 use crate::sys::{self, clock, keys};
 
 /// The lease's name.
 const LEASE: &str = "mica";
-/// For how long it is good after each write.
-const LASTS: Duration = Duration::from_secs(15);
-/// It is written about this often.
-const TURN: Duration = Duration::from_secs(2);
-/// Another's is looked at about this often, and one's own written again about this soon after a failure.
-const LOOK: Duration = Duration::from_secs(1);
-/// Another's is respected about so much longer, and those who wait do not come all at once.
-const MARGIN: Duration = Duration::from_millis(500);
+/// For how long its holder writes after each write of it, and the holder that says so.
+const WRITES_FOR: &str = "mica.dev/writes-for";
 
 /// Whether this replica may write into the cluster, and until when. Clones share one answer.
 ///
@@ -86,22 +80,28 @@ pub struct Election {
     /// What was last said to be wrong.
     fault: Option<String>,
     tellings: Arc<Events>,
+    /// The newest version of the lease, which is the cluster's clock.
+    newest: u64,
+    objects: Arc<Objects>,
 }
 
 impl Election {
-    /// Takes part from [`Election::run`] on.
-    pub fn new(cluster: &Cluster, tellings: Arc<Events>) -> Self {
+    /// Takes part from [`Election::run`] on. Whoever looks at the lease is the first to see the cluster go back to a
+    /// backup, and has what is known of it read again.
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>, objects: Arc<Objects>) -> Self {
         let suffix: u64 = keys::random_bytes().map_or(0, u64::from_le_bytes);
         let name = format!("{}_{suffix:016x}", sys::host_name());
         Self {
             client: cluster.client.clone(),
             namespace: cluster.namespace().to_owned(),
-            candidate: Candidate::new(name, LASTS, jittered(MARGIN)),
+            candidate: Candidate::new(name, jittered(MARGIN)),
             lease: None,
             begun: Instant::now(),
             until: watch::Sender::new(None),
             fault: None,
             tellings,
+            newest: 0,
+            objects,
         }
     }
 
@@ -199,7 +199,11 @@ impl Election {
             Err(Fault::Absent(_)) => None,
             Err(fault) => return Err(fault),
         };
-        self.candidate.saw(lease.as_ref().map(record), self.now());
+        let record = lease.as_ref().map(record);
+        if let Some(record) = &record {
+            self.notice(record);
+        }
+        self.candidate.saw(record, self.now());
         self.lease = lease;
         Ok(())
     }
@@ -213,9 +217,19 @@ impl Election {
             (Step::Take | Step::Renew, Some(lease)) => ("update", self.own(Some(lease), step)),
         };
         let lease = self.write(verb, &lease).await?;
-        self.candidate.wrote(record(&lease), begun, self.now());
+        let record = record(&lease);
+        self.notice(&record);
+        self.candidate.wrote(record, begun, self.now());
         self.lease = Some(lease);
         Ok(())
+    }
+
+    fn notice(&mut self, record: &Record) {
+        let Ok(version) = record.version.parse() else { return };
+        if version < self.newest {
+            self.objects.read_again();
+        }
+        self.newest = version;
     }
 
     async fn write(&self, verb: &'static str, lease: &Value) -> Result<Value, Fault> {
@@ -240,6 +254,8 @@ impl Election {
         let transitions = own["spec"]["leaseTransitions"].as_i64().unwrap_or(0);
         own["spec"]["leaseDurationSeconds"] = LASTS.as_secs().into();
         own["spec"]["renewTime"] = now.clone().into();
+        own["metadata"]["annotations"][WRITES_FOR] =
+            format!("{}s {}", WRITES.as_secs(), self.candidate.name()).into();
         if step != Step::Renew {
             own["spec"]["holderIdentity"] = self.candidate.name().into();
             own["spec"]["acquireTime"] = now.into();
@@ -284,10 +300,15 @@ impl Election {
 
 fn record(lease: &Value) -> Record {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let holder = text(&lease["spec"]["holderIdentity"]);
+    // Others who write leases keep what one of us has said, of itself alone.
+    let said = lease["metadata"]["annotations"][WRITES_FOR].as_str().and_then(|said| said.split_once("s "));
+    let writes = said.filter(|(_, of)| *of == holder).and_then(|(seconds, _)| seconds.parse().ok());
     Record {
         version: text(&lease["metadata"]["resourceVersion"]),
-        holder: text(&lease["spec"]["holderIdentity"]),
         lasts: Duration::from_secs(lease["spec"]["leaseDurationSeconds"].as_u64().unwrap_or(0)),
+        writes: writes.map(Duration::from_secs),
+        holder,
     }
 }
 

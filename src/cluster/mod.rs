@@ -4,6 +4,7 @@ mod accounts;
 mod authority;
 mod call;
 mod events;
+mod keyring;
 mod known;
 mod lease;
 mod live;
@@ -30,8 +31,9 @@ use kube::{Api, Client, Config, Resource};
 use serde::Deserialize;
 
 pub use accounts::{AccountSource, Wanted};
-pub use authority::{AsIstioCa, AuthorityError, ClusterStore};
+pub use authority::{AsIstioCa, AuthorityError, ClusterMemory, ClusterStore};
 pub use events::{EventReason, Events, Severity};
+pub use keyring::ClusterKeyring;
 pub use lease::{Election, Leadership};
 pub use namespaces::{Flips, Namespaces};
 pub use objects::Objects;
@@ -83,6 +85,10 @@ pub const OWN_PERMISSIONS: &str = "\
   resources: [secrets]
   resourceNames: [cacerts, istio-ca-secret]
   verbs: [get, watch]
+- apiGroups: [\"\"]
+  resources: [secrets]
+  resourceNames: [mica-jwt-keys]
+  verbs: [get, update]
 - apiGroups: [\"\"]
   resources: [configmaps]
   resourceNames: [mica-authority]

@@ -89,8 +89,10 @@ impl Objects {
         self.pods.completed().await;
     }
 
-    /// Reads everything again. What is known stays until it was read.
+    /// Reads everything again, since versions have gone back: watches wait for those that are not yet. What is known
+    /// stays until it was read.
     pub(super) fn read_again(&self) {
+        tracing::warn!("the API server has gone back to an older backup; everything is read again");
         self.again.send_replace(());
     }
 

@@ -333,7 +333,6 @@ impl SecretWatch {
                 (std::mem::take(&mut writes.disturbed), std::mem::take(&mut writes.is_restored))
             };
             if is_restored {
-                tracing::warn!("the API server has gone back to an older backup; everything is read again");
                 self.events = self.secrets.events();
                 self.secrets.objects.read_again();
             }

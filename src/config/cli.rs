@@ -7,8 +7,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::inject::{InjectMode, mounted};
-use super::istio_ca;
 use super::serve::{self, MadeKind, ServingName};
+use super::{agent, istio_ca};
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::{DnsName, Organization};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
@@ -70,6 +70,8 @@ pub enum Output {
 pub enum Command {
     #[expect(missing_docs, reason = "its arguments bring their own text, which would be replaced")]
     Serve(Box<serve::Args>),
+    #[expect(missing_docs, reason = "as above")]
+    Agent(Box<agent::Args>),
     #[expect(missing_docs, reason = "as above")]
     IstioCa(Box<istio_ca::Args>),
     /// Make a root CA

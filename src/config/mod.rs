@@ -3,6 +3,7 @@
 // Doc comments here are help texts, where <data-dir> is a placeholder and no HTML.
 #![allow(rustdoc::invalid_html_tags)]
 
+pub mod agent;
 pub mod cli;
 pub mod inject;
 pub mod istio_ca;

@@ -488,7 +488,7 @@ fn config_map(name: &str) -> Result<String, String> {
     }
 }
 
-fn mode(text: &str) -> Result<u32, String> {
+pub(super) fn mode(text: &str) -> Result<u32, String> {
     u32::from_str_radix(text, 8)
         .ok()
         .filter(|mode| mode & !0o777 == 0)

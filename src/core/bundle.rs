@@ -127,6 +127,17 @@ impl TrustBundle {
         self.roots.len() == other.roots.len() && self.roots.iter().all(|root| other.roots.contains(root))
     }
 
+    /// Tells bundles apart whatever the order of their roots: SHA-256 of the roots, each as DER, in ascending order.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut roots: Vec<&[u8]> = self.roots.iter().map(Certificate::der).collect();
+        roots.sort_unstable();
+        let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
+        roots.iter().for_each(|root| digest.update(root));
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(digest.finish().as_ref());
+        bytes
+    }
+
     /// The JWK Set: `use` x509-svid, no `kid`, one certificate each (X509-SVID 6.1).
     pub fn to_json(&self) -> Result<String, Error> {
         let keys = self.roots.iter().map(jwk).collect::<Result<Vec<_>, _>>()?;
@@ -207,7 +218,7 @@ struct Written {
 }
 
 #[derive(Serialize)]
-struct Jwk {
+pub(super) struct Jwk {
     #[serde(rename = "use")]
     usage: &'static str,
     #[serde(flatten)]
@@ -215,7 +226,7 @@ struct Jwk {
     x5c: [String; 1],
 }
 
-fn jwk(root: &Certificate) -> Result<Jwk, Error> {
+pub(super) fn jwk(root: &Certificate) -> Result<Jwk, Error> {
     let refused = |fault: String| Error::Jwk { serial: root.serial_text(), fault };
     let key = root.key().map_err(|e| refused(e.to_string()))?;
     let encoded = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);

@@ -438,11 +438,38 @@ impl PrivateKey {
         };
         Ok(SigningKey { public: self.public.clone(), pair })
     }
+
+    /// A key that signs as JWS wants it (ES256, RFC 7518 3.4). Of P-256 alone.
+    pub fn jws(&self) -> Result<JwsKey, Error> {
+        if self.public.kind != KeyKind::P256 {
+            return Err(Error::Kind(format!("a {} key for ES256", self.public.kind)));
+        }
+        let algorithm = &signature::ECDSA_P256_SHA256_FIXED_SIGNING;
+        let pair = EcdsaKeyPair::from_pkcs8(algorithm, &self.pkcs8, &nonces()).map_err(rejected)?;
+        Ok(JwsKey(pair))
+    }
 }
 
 impl fmt::Debug for PrivateKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "private {:?}", self.public)
+    }
+}
+
+/// A P-256 key in memory that signs tokens: two numbers of 32 bytes, not DER.
+pub struct JwsKey(EcdsaKeyPair);
+
+impl JwsKey {
+    /// Signs a message.
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Error> {
+        let signature = self.0.sign(&nonces(), message);
+        Ok(signature.map_err(|_| Error::Sign("ring refused".to_owned()))?.as_ref().to_owned())
+    }
+}
+
+impl fmt::Debug for JwsKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("signing p256 key for tokens")
     }
 }
 

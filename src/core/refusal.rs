@@ -158,6 +158,11 @@ reasons! {
     /// The request's metadata has a value of another kind than its key wants.
     MetadataMalformed, "METADATA_MALFORMED", InvalidArgument;
 
+    /// No audience for a JWT-SVID, too many, or one that is none.
+    AudienceRefused, "AUDIENCE_REFUSED", InvalidArgument;
+    /// A report of who holds which bundle that cannot be read, or is too long.
+    ReportMalformed, "REPORT_MALFORMED", InvalidArgument;
+
     /// The identity is denied by policy.
     IdentityDenied, "IDENTITY_DENIED", PermissionDenied;
     /// The CSR names somebody else (HandleCSR alone).
@@ -165,6 +170,9 @@ reasons! {
 
     /// Too many requests are waiting.
     QueueFull, "QUEUE_FULL", ResourceExhausted;
+
+    /// The caller watches the bundles too many times from one place.
+    TooManyWatches, "TOO_MANY_WATCHES", ResourceExhausted;
 
     /// Whether the account or pod lives cannot be known now.
     LivenessUnknown, "LIVENESS_UNKNOWN", Unavailable;

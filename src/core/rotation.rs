@@ -15,6 +15,20 @@ pub fn renew_at(validity: Validity, serial: &[u8]) -> OffsetDateTime {
     issued + lifetime / 2 + scaled(lifetime / 4, draw(serial))
 }
 
+/// How long to wait after a number of failures in a row: from half a second, doubled each time up to a minute, and less
+/// by up to a half, which `fraction` of 2^64 says. Never longer than half of what is left of a certificate that still
+/// is good, so that tries come closer together towards its end and none of them comes after it.
+pub fn retry_after(failures: u32, left: Option<Duration>, fraction: u64) -> Duration {
+    let whole = Duration::from_millis(500)
+        .saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX))
+        .min(Duration::from_secs(60));
+    let wait = whole / 2 + scaled(whole / 2, fraction);
+    match left {
+        Some(left) if !left.is_zero() => wait.min((left / 2).max(Duration::from_millis(100))),
+        _ => wait,
+    }
+}
+
 /// The last eight bytes of a serial number, as a fraction of 2^64. Serial numbers of other CAs, which may count from
 /// one, spread badly and still renew in time.
 fn draw(serial: &[u8]) -> u64 {
@@ -39,6 +53,28 @@ mod tests {
         assert_eq!(renew_at(validity, &[0; 16]), now + Duration::from_secs(43_200));
         let last = renew_at(validity, &[0xff; 16]);
         assert!(last > now + Duration::from_secs(64_799) && last < now + Duration::from_secs(64_800));
+    }
+
+    #[test]
+    fn no_retry_waits_past_the_end() {
+        let second = Duration::from_secs(1);
+        assert_eq!(retry_after(1, None, 0), second / 4);
+        assert_eq!(retry_after(1, None, u64::MAX).as_millis(), 499);
+        assert_eq!(retry_after(7, None, 0), second * 16);
+        assert!(
+            retry_after(8, None, 0) == second * 30 && retry_after(u32::MAX, None, u64::MAX) < second * 60
+        );
+        // A certificate that ends in 40 s, and an authority that never answers.
+        let mut left = second * 40;
+        let mut tries = 0;
+        while left > second {
+            let wait = retry_after(20, Some(left), u64::MAX);
+            assert!(wait < left);
+            left -= wait;
+            tries += 1;
+        }
+        assert_eq!(tries, 6);
+        assert_eq!(retry_after(20, Some(Duration::ZERO), 0), second * 30);
     }
 
     /// The busiest ten minutes have at most 1.5 times what ten minutes have on average, wherever they begin.

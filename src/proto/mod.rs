@@ -37,3 +37,52 @@ pub mod mica {
 pub mod spiffe {
     tonic::include_proto!("_");
 }
+
+/// Envoy's protocols. Their `Any` is not the library's.
+pub mod xds {
+    macro_rules! generated {
+        ($package:literal) => {
+            include!(concat!(env!("OUT_DIR"), "/xds/", $package, ".rs"));
+        };
+    }
+
+    pub mod google {
+        pub mod protobuf {
+            generated!("google.protobuf");
+        }
+        pub mod rpc {
+            generated!("google.rpc");
+        }
+    }
+
+    pub mod envoy {
+        pub mod config {
+            pub mod core {
+                pub mod v3 {
+                    generated!("envoy.config.core.v3");
+                }
+            }
+        }
+        pub mod extensions {
+            pub mod transport_sockets {
+                pub mod tls {
+                    pub mod v3 {
+                        generated!("envoy.extensions.transport_sockets.tls.v3");
+                    }
+                }
+            }
+        }
+        pub mod service {
+            pub mod discovery {
+                pub mod v3 {
+                    generated!("envoy.service.discovery.v3");
+                }
+            }
+            pub mod secret {
+                pub mod v3 {
+                    generated!("envoy.service.secret.v3");
+                }
+            }
+        }
+    }
+}

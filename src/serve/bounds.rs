@@ -135,16 +135,23 @@ pub(super) struct Bounded<S> {
     within: Option<Duration>,
     crowd: Crowd,
     counted: Option<(Arc<Requests>, &'static str)>,
+    /// A method that may be listened to for ever, in a crowd of its own.
+    watched: Option<(&'static str, Crowd)>,
 }
 
 impl<S> Bounded<S> {
     pub(super) fn new(inner: S, within: Duration, crowd: &Crowd) -> Self {
-        Self { inner, within: Some(within), crowd: crowd.clone(), counted: None }
+        Self { inner, within: Some(within), crowd: crowd.clone(), counted: None, watched: None }
     }
 
     /// One that may be listened to for ever.
     pub(super) fn endless(inner: S, crowd: &Crowd) -> Self {
-        Self { inner, within: None, crowd: crowd.clone(), counted: None }
+        Self { inner, within: None, crowd: crowd.clone(), counted: None, watched: None }
+    }
+
+    /// Of which one method may be listened to for ever: those who do take no room from those who ask.
+    pub(super) fn watched(self, path: &'static str, crowd: &Crowd) -> Self {
+        Self { watched: Some((path, crowd.clone())), ..self }
     }
 
     /// Of a service that has one method, which asks for certificates: what never gets there counts too.
@@ -176,8 +183,9 @@ where
             return Answering { inner: Some(self.inner.call(request)), held: None, unread: None };
         };
         let (source, begun) = (peer.source, Instant::now());
-        let held =
-            self.crowd.room(source).map(|room| (self.within.map(|within| unanswered.begin(within)), room));
+        let watched = self.watched.as_ref().filter(|(path, _)| request.uri().path() == *path);
+        let (crowd, within) = watched.map_or((&self.crowd, self.within), |(_, crowd)| (crowd, None));
+        let held = crowd.room(source).map(|room| (within.map(|within| unanswered.begin(within)), room));
         let counted = self.counted.clone();
         let unread = counted.map(|(requests, method)| Unread { requests, method, source, begun });
         let inner = held.is_some().then(|| self.inner.call(request));

@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::istio;
 use crate::core::policy;
 use crate::core::refusal::{Code, Reason, Refusal};
 use crate::telemetry::Unsuffixed;
@@ -125,7 +126,10 @@ impl Metrics {
         refusal: Option<&Refusal>,
         duration: Duration,
     ) {
-        self.asked.inc();
+        let is_for_a_certificate = [istio::CREATE_CERTIFICATE, istio::HANDLE_CSR].contains(&method);
+        if is_for_a_certificate {
+            self.asked.inc();
+        }
         self.duration.get_or_create(&Method { method }).observe(duration.as_secs_f64());
         let Some(refusal) = refusal else {
             let authenticator = authenticator.unwrap_or_default();
@@ -134,6 +138,8 @@ impl Metrics {
         };
         self.refused.get_or_create(&Refused { method, reason: refusal.reason.name() }).inc();
         match refusal.reason {
+            // Istio's names are for Istio's methods.
+            _ if !is_for_a_certificate => {}
             Reason::CsrNames => self.unnamed.inc(),
             Reason::CsrMalformed
             | Reason::CsrSignature

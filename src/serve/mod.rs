@@ -1,10 +1,12 @@
 //! The gRPC listener: TLS with Mica's own leaf, and the services behind it.
 
+mod agent;
 mod bounds;
 mod codes;
 mod gather;
 mod grpc;
-mod health;
+pub mod health;
+pub mod holders;
 mod istio;
 mod metrics;
 mod mica;
@@ -23,22 +25,24 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::Server;
 use tonic::transport::server;
 
+pub use agent::Agents;
 pub use istio::wishes;
 pub use metrics::Metrics;
-pub use requests::{Ask, Requests, Wishes};
+pub use requests::{Ask, JwtAsk, Requests, Token, Wishes};
 
 use crate::auth::Peer;
 use crate::proto::DESCRIPTORS;
 use crate::proto::grpc::health::v1::health_server::HealthServer;
 use crate::proto::istio::v1::auth::istio_ca_service_server::IstioCaServiceServer;
 use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertificateServiceServer;
+use crate::proto::mica::v1::agent_service_server::AgentServiceServer;
 use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
 use bounds::{Bounded, Crowd, Unanswered};
@@ -79,6 +83,7 @@ pub async fn serve(
     certificate: Arc<ServingCertificate>,
     ready: Ready,
     requests: Arc<Requests>,
+    agents: Arc<Agents>,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     let (accepted, connections) = mpsc::channel(1);
@@ -86,7 +91,9 @@ pub async fn serve(
     let incoming = tokio_stream::wrappers::ReceiverStream::new(connections);
     let identity = mica::Identity { requests: requests.clone() };
     let istio = istio::Istio { requests: requests.clone() };
-    let crowd = Crowd::new();
+    let (alive, stopped) = watch::channel(());
+    let agent = agent::Agent { agents, stopped };
+    let (crowd, followers) = (Crowd::new(), Crowd::new());
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
     let serving = Server::builder()
@@ -119,6 +126,14 @@ pub async fn serve(
         )))
         .add_service(GrpcOnly(
             Bounded::new(
+                AgentServiceServer::new(agent).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                bounds::ANSWERED,
+                &crowd,
+            )
+            .watched(agent::WATCH_BUNDLES, &followers),
+        ))
+        .add_service(GrpcOnly(
+            Bounded::new(
                 IstioCertificateServiceServer::new(istio.clone())
                     .max_decoding_message_size(bounds::LARGEST_MESSAGE),
                 bounds::ANSWERED,
@@ -134,7 +149,10 @@ pub async fn serve(
             )
             .counted(&requests, istio::HANDLE_CSR),
         ))
-        .serve_with_incoming_shutdown(incoming, stop);
+        .serve_with_incoming_shutdown(incoming, async {
+            stop.await;
+            drop(alive);
+        });
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {
         served = serving => Ok(served?),

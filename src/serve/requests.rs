@@ -11,16 +11,17 @@ use tracing::{Instrument as _, debug_span};
 use super::metrics::Metrics;
 use super::queue::Queue;
 use crate::auth::{Authenticator, Evidence, Impersonation, Life, Liveness, LivingPolicy, Nodes};
-use crate::authority::{self, Authority, Cause, Grant};
+use crate::authority::{self, Authority, Cause, Grant, JwtGrant, JwtOrder};
 use crate::core::calendar::{Calendar, Spread};
 use crate::core::caller::{Caller, Object, Proof};
 use crate::core::csr::CheckedCsr;
 use crate::core::issuer::{self, Order};
+use crate::core::jwt_svid::Audience;
 use crate::core::lifetime::Lifetime;
 use crate::core::policy::{self, Decision};
 use crate::core::profile::Profile;
 use crate::core::refusal::{Reason, Refusal};
-use crate::core::spiffe::{ServiceAccount, TrustDomain, shortened};
+use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain, shortened};
 use crate::sys::{clock, keys};
 
 /// What is asked for.
@@ -45,6 +46,26 @@ pub struct Wishes {
     pub impersonated: Option<String>,
     /// Whether the lifetime must not be shortened for an even load.
     pub exact: bool,
+}
+
+/// A token that is asked for.
+#[derive(Clone, Debug)]
+pub struct JwtAsk {
+    /// By which call.
+    pub method: &'static str,
+    /// Whom it is for.
+    pub audience: Vec<String>,
+    /// Whom it should name, if not the caller.
+    pub impersonated: Option<String>,
+}
+
+/// A token, and whom it names.
+#[derive(Debug)]
+pub struct Token {
+    /// The token.
+    pub grant: JwtGrant,
+    /// Whom it names.
+    pub id: SpiffeId,
 }
 
 /// What a request would be answered.
@@ -183,6 +204,108 @@ impl Requests {
         Ok(Explained { caller, trust_domain, verdict })
     }
 
+    /// Signs a token, or says why not; as [`Requests::grant`] does for certificates.
+    pub async fn grant_jwt(&self, ask: JwtAsk, evidence: &Evidence<'_>) -> Result<Token, Refusal> {
+        let begun = Instant::now();
+        let trace = trace_id(evidence);
+        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
+        let (method, mut caller) = (ask.method, None);
+        let work = self.try_grant_jwt(ask, evidence, &mut caller).instrument(span);
+        let granted =
+            self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
+        let refusal = granted.as_ref().err();
+        self.answered(method, caller.as_ref(), refusal, begun, evidence.peer.source, trace);
+        granted
+    }
+
+    async fn try_grant_jwt(
+        &self,
+        ask: JwtAsk,
+        evidence: &Evidence<'_>,
+        known: &mut Option<Caller>,
+    ) -> Result<Token, Refusal> {
+        let now = clock::now();
+        let (caller, identity) = self.identify(ask.impersonated.as_deref(), evidence, known, now).await?;
+        let _authorize = debug_span!("authorize").entered();
+        let impersonated = ask.impersonated.is_some().then_some(&identity);
+        let audience = Audience::new(ask.audience, self.authority.trust_domain())?;
+        let asked = policy::Ask { caller, impersonated, key: None, dns: &[], lifetime: None, now };
+        let (account, lifetime) = self.policy.current().jwt(&asked)?;
+        let id = account.spiffe_id(self.authority.trust_domain());
+        let cause = Cause {
+            why: "request",
+            authenticator: Some(caller.proof.name()),
+            source: Some(evidence.peer.source),
+            trace: trace_id(evidence),
+        };
+        let order = JwtOrder { id: &id, audience: &audience, lifetime: lifetime.value };
+        let _sign = debug_span!("sign").entered();
+        let grant = self.authority.issue_jwt(&order, now, &cause).map_err(|fault| {
+            let sentence = "the authority cannot sign tokens now; try again";
+            Refusal::new(Reason::IssuerUnusable, sentence).with_detail(fault.to_string())
+        })?;
+        Ok(Token { grant, id })
+    }
+
+    /// Lets somebody in who wants to be issued nothing. Only a refusal is counted and told.
+    pub async fn admit(&self, method: &'static str, evidence: &Evidence<'_>) -> Result<Caller, Refusal> {
+        let begun = Instant::now();
+        let mut known = None;
+        let admitted = self.try_admit(evidence, &mut known).await;
+        if let Err(refusal) = &admitted {
+            let trace = trace_id(evidence);
+            self.answered(method, known.as_ref(), Some(refusal), begun, evidence.peer.source, trace);
+        }
+        admitted
+    }
+
+    /// The same, and nothing is counted.
+    pub(super) async fn try_admit(
+        &self,
+        evidence: &Evidence<'_>,
+        known: &mut Option<Caller>,
+    ) -> Result<Caller, Refusal> {
+        let work = async {
+            let now = clock::now();
+            let (caller, _) = self.identify(None, evidence, known, now).await?;
+            let asked = policy::Ask { caller, impersonated: None, key: None, dns: &[], lifetime: None, now };
+            self.policy.current().admit(&asked)?;
+            Ok(caller.clone())
+        };
+        self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()))
+    }
+
+    /// Whether an account may speak for others.
+    pub fn is_impersonator(&self, account: &ServiceAccount) -> bool {
+        self.policy.current().impersonators().contains(account)
+    }
+
+    /// The authority that grants.
+    pub fn authority(&self) -> &Arc<Authority> {
+        &self.authority
+    }
+
+    /// Who asks, and for whom.
+    async fn identify<'a>(
+        &self,
+        impersonated: Option<&str>,
+        evidence: &Evidence<'_>,
+        known: &'a mut Option<Caller>,
+        now: OffsetDateTime,
+    ) -> Result<(&'a Caller, ServiceAccount), Refusal> {
+        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
+        let caller = known.insert(caller);
+        self.lives(caller).instrument(debug_span!("liveness")).await?;
+        let identity = match impersonated {
+            None => caller.account.clone(),
+            Some(wanted) => {
+                let identity = self.impersonated(caller, wanted, self.is_impersonator(&caller.account));
+                identity.instrument(debug_span!("impersonation")).await?
+            }
+        };
+        Ok((caller, identity))
+    }
+
     /// Everything up to the signature.
     async fn judge(
         &self,
@@ -191,18 +314,10 @@ impl Requests {
         known: &mut Option<Caller>,
         now: OffsetDateTime,
     ) -> Result<(Decision, Option<CheckedCsr>), Refusal> {
-        let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
-        let caller = known.insert(caller);
-        self.lives(caller).instrument(debug_span!("liveness")).await?;
+        // What cannot be read is told to those alone who are somebody.
+        let impersonated = ask.wishes.as_ref().ok().and_then(|wishes| wishes.impersonated.as_deref());
+        let (caller, identity) = self.identify(impersonated, evidence, known, now).await?;
         let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
-        let identity = match &wishes.impersonated {
-            None => caller.account.clone(),
-            Some(wanted) => {
-                let is_impersonator = self.policy.current().impersonators().contains(&caller.account);
-                let identity = self.impersonated(caller, wanted, is_impersonator);
-                identity.instrument(debug_span!("impersonation")).await?
-            }
-        };
         let _authorize = debug_span!("authorize").entered();
         let csr = ask.csr.map(CheckedCsr::from_pem).transpose()?;
         if let Some(csr) = csr.as_ref().filter(|_| ask.names_itself) {

@@ -2,10 +2,13 @@
 
 mod notice;
 mod record;
+mod single;
 #[cfg(test)]
 #[expect(clippy::disallowed_methods, reason = "tests make and damage files as other programs do")]
 mod tests;
 mod volume;
+
+pub use single::Single;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::notice::Eyes;
 use self::record::{Line, Record, Recorded, Standing};
-use self::volume::{Cleared, Content, Look, Shape};
+use self::volume::{Cleared, Content, FILES, Look, Shape};
 use super::{Error, Found, Sink};
 use crate::core::plan::CertificateSet;
 use crate::core::spiffe::ServiceAccount;
@@ -154,7 +157,8 @@ impl FolderSink {
             owner: Some(owner.unwrap_or(dir::our_user())),
             group: Some(group.unwrap_or(dir::our_group())),
         };
-        let shape = Shape { file: access(mode), folder: access(0o700 | mode & 0o044 | (mode & 0o044) >> 2) };
+        let shape =
+            Shape { file: access(mode), folder: access(folder_mode(mode)), names: FILES, given: false };
         let root = open_root(secrets, &shape, &holder)?;
         let (record, recorded) =
             Record::open(data.try_clone()?, root.dir.path(), |recorded| forget_absent(&root.dir, recorded))?;
@@ -210,7 +214,7 @@ impl FolderSink {
     fn look(&self, account: &ServiceAccount, owner: Owner) -> Look {
         match self.place(account.namespace()) {
             Ok(Place::Open(namespace, _)) if owner == Owner::Us => {
-                volume::look(&namespace, &folder_name(account)).0
+                volume::look(&namespace, &folder_name(account), FILES).0
             }
             Ok(Place::Open(namespace, _)) => Look::of_foreign(&namespace, &folder_name(account)),
             // What became of the namespace is seen by looking at the namespace.
@@ -284,7 +288,7 @@ impl FolderSink {
             });
         }
         // Before it is read: what changes meanwhile will be noticed.
-        let (look, ..) = volume::look(&namespace, &name);
+        let (look, ..) = volume::look(&namespace, &name, FILES);
         let content = volume::read(&namespace, &name, &self.shape)?;
         let is_left = matches!(content, Content::Set { untidy: true, .. });
         self.seen(account, owner, Some(look), is_left);
@@ -359,7 +363,7 @@ impl FolderSink {
             Err(error) => {
                 // An empty folder would say that there is something. Best effort: the first fault is the one to tell.
                 if fresh
-                    && matches!(volume::clear(&folder), Ok(Cleared::Empty))
+                    && matches!(volume::clear(&folder, FILES), Ok(Cleared::Empty))
                     && namespace.rmdir(&name).is_ok()
                 {
                     self.set_made(account, false);
@@ -880,6 +884,11 @@ fn why_foreign(namespace: &Dir, name: &str, kind: Kind) -> String {
     format!("{} is {kind} that mica did not make", path.display())
 }
 
+/// Whoever may read the files may pass through their folder.
+fn folder_mode(file: u32) -> u32 {
+    0o700 | file & 0o044 | (file & 0o044) >> 2
+}
+
 fn open_root(path: &Path, shape: &Shape, holder: &str) -> Result<Root, Error> {
     let access = root_access(shape);
     let is_new = matches!(Dir::open_trusted(path, None), Err(error) if error.is_absent());
@@ -943,7 +952,7 @@ fn forget_absent(root: &Dir, recorded: &mut Recorded) -> Result<(), Error> {
 
 /// Takes our files out of an account's folder, and the folder away; `false` if it stays for what others keep in it.
 fn remove_folder(namespace: &Dir, folder: &Dir, name: &str) -> Result<bool, Error> {
-    let kept = match volume::clear(folder)? {
+    let kept = match volume::clear(folder, FILES)? {
         Cleared::Kept(names) => names,
         Cleared::Empty => match namespace.rmdir(name) {
             Ok(()) => return Ok(true),

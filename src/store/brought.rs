@@ -16,7 +16,7 @@ use crate::sys::dir::{Access, Dir};
 use crate::sys::files;
 use crate::sys::watch::Watcher;
 
-use super::{AuthorityStore, Error, FOLDER, MAX_FILE, ROOTS, pin};
+use super::{AuthorityStore, Error, FOLDER, MAX_FILE, Memory, ROOTS, pin};
 
 /// Files of a set are copied one after the other; this long after the last change they are read,
 const SETTLE: Duration = Duration::from_millis(300);
@@ -41,6 +41,7 @@ pub struct BroughtStore {
     data: Dir,
     place: Place,
     passphrase: Option<Zeroizing<Vec<u8>>>,
+    memory: Option<Box<dyn Memory>>,
     watcher: Option<Watcher<()>>,
     /// As last read; the error in words.
     files: Option<Result<Files, String>>,
@@ -51,7 +52,12 @@ pub struct BroughtStore {
 impl BroughtStore {
     /// Takes the data folder, whose lock the caller holds and in which the root is remembered, and the user's place.
     pub fn new(data: Dir, place: Place, passphrase: Option<Zeroizing<Vec<u8>>>) -> Self {
-        Self { data, place, passphrase, watcher: None, files: None, known: None }
+        Self { data, place, passphrase, memory: None, watcher: None, files: None, known: None }
+    }
+
+    /// With another who remembers the root.
+    pub fn remembered_by(self, memory: Box<dyn Memory>) -> Self {
+        Self { memory: Some(memory), ..self }
     }
 
     fn check_root(&self, known: &TrustBundle, issuer: &Issuer) -> Result<(), Error> {
@@ -88,15 +94,21 @@ impl AuthorityStore for BroughtStore {
         if let Some(known) = &self.known {
             self.check_root(known, &issuer)?;
         }
-        match pin::folder(&self.data)? {
-            Some(memory) => self.check_root(&pin::known(&self.data, &memory)?, &issuer)?,
-            None => {
-                let pem = issuer.bundle().pem().clone();
-                self.data.replace_dir(FOLDER, Access::mode(0o700), |folder| {
-                    folder.write_new_synced(ROOTS, pem.as_bytes(), Access::mode(0o644))?;
-                    Ok::<_, Error>(())
-                })?;
-            }
+        let folder = pin::folder(&self.data)?;
+        if let Some(folder) = &folder {
+            self.check_root(&pin::known(&self.data, folder)?, &issuer)?;
+        }
+        pin::check_published(&self.data, issuer.bundle())?;
+        // Before this folder remembers what others refuse. Below these roots this process may already issue.
+        if let Some(memory) = self.memory.as_mut().filter(|_| self.known.is_none()) {
+            memory.agree(issuer.bundle(), &self.place.path()).await?;
+        }
+        if folder.is_none() {
+            let pem = issuer.bundle().pem().clone();
+            self.data.replace_dir(FOLDER, Access::mode(0o700), |folder| {
+                folder.write_new_synced(ROOTS, pem.as_bytes(), Access::mode(0o644))?;
+                Ok::<_, Error>(())
+            })?;
         }
         pin::publish(&self.data, issuer.bundle())?;
         self.known = Some(TrustBundle::clone(issuer.bundle()));

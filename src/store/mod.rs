@@ -1,21 +1,25 @@
 //! Where the authority's key, certificates and roots are kept, and what is remembered of them.
 
 mod brought;
+mod keyring;
 mod made;
 mod own;
 mod pin;
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
 
 pub use brought::{BroughtStore, Place};
+pub use keyring::FolderKeyring;
 pub use made::Made;
 pub use own::OwnStore;
 pub use pin::fingerprints;
 
 use crate::core::authority_files;
-use crate::core::bundle;
+use crate::core::bundle::{self, TrustBundle};
 use crate::core::issuer::{self, Issuer};
+use crate::core::keyring::Keyring;
 use crate::core::spiffe::TrustDomain;
 use crate::sys::{dir, files, keys, watch};
 
@@ -27,6 +31,28 @@ pub trait AuthorityStore: Send {
 
     /// Waits until loading anew may give something else. May be dropped and called again.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// What remembers roots beside the data folder, which may be empty at every start.
+pub trait Memory: Send {
+    /// Compares roots, which come from a place, with those known before, and remembers them where there were none. Waits
+    /// for as long as that cannot be asked.
+    fn agree<'a>(&'a mut self, brought: &'a TrustBundle, place: &'a Path) -> Agreed<'a>;
+}
+
+/// Whether roots may be issued below.
+pub type Agreed<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
+
+/// Where the keys of JWT-SVIDs are kept, with the number of the bundle that they are published in.
+pub trait KeyringStore: Send {
+    /// What is kept; none if there is nothing, or nothing that can be used.
+    fn read(&mut self) -> impl Future<Output = Result<Option<Keyring>, String>> + Send;
+
+    /// Keeps another in place of what was read last. False if somebody else has done so meanwhile.
+    fn write(&mut self, keyring: &Keyring) -> impl Future<Output = Result<bool, String>> + Send;
+
+    /// Whether it is for this process to change what is kept. What is not there may be made by anyone.
+    fn leads(&self) -> bool;
 }
 
 /// Why there is no issuer. Nothing was changed.

@@ -43,8 +43,16 @@ pub(super) fn known(data: &Dir, folder: &Dir) -> Result<TrustBundle, Error> {
 /// Publishes the roots as the data folder's trust bundle. One that speaks of other roots is not overwritten: either it
 /// or the authority was put here by somebody.
 pub(super) fn publish(data: &Dir, bundle: &TrustBundle) -> Result<(), Error> {
+    if check_published(data, bundle)? {
+        return Ok(());
+    }
+    Ok(data.replace(ROOTS, bundle.pem().as_bytes(), Access::mode(0o644))?)
+}
+
+/// Whether the roots are the published ones, byte for byte; an error if others are.
+pub(super) fn check_published(data: &Dir, bundle: &TrustBundle) -> Result<bool, Error> {
     match data.read(ROOTS, MAX_FILE) {
-        Ok((text, _)) if *text == *bundle.pem().as_bytes() => return Ok(()),
+        Ok((text, _)) if *text == *bundle.pem().as_bytes() => Ok(true),
         Ok((text, _)) => {
             if let Ok(published) = TrustBundle::from_pem(&text)
                 && !published.same_roots(bundle)
@@ -57,11 +65,11 @@ pub(super) fn publish(data: &Dir, bundle: &TrustBundle) -> Result<(), Error> {
                 );
                 return Err(state(data, fault));
             }
+            Ok(false)
         }
-        Err(e) if e.is_absent() => {}
-        Err(e) => return Err(e.into()),
+        Err(e) if e.is_absent() => Ok(false),
+        Err(e) => Err(e.into()),
     }
-    Ok(data.replace(ROOTS, bundle.pem().as_bytes(), Access::mode(0o644))?)
 }
 
 /// How people compare roots.

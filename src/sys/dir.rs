@@ -291,6 +291,32 @@ impl Dir {
         trust::Walk::new(path)?.run(create)
     }
 
+    /// Opens a folder, making it (with this mode) if it is missing, and tells why it would not be trusted, if so: the
+    /// volumes of a pod belong to the kubelet and may be written to by all of its containers that mount them for it.
+    pub fn open_given(path: &Path, create: u32) -> Result<(Self, Option<Error>), Error> {
+        let untrusted = match Self::open_trusted(path, Some(create)) {
+            Err(error @ Error::Untrusted { .. }) => error,
+            opened => return opened.map(|dir| (dir, None)),
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match fs::open(path, flags, Mode::empty()) {
+            Ok(fd) => Ok((Self { fd, path: path.to_owned() }, Some(untrusted))),
+            Err(error) => Err(Error::Io { action: "open", path: path.to_owned(), source: error.into() }),
+        }
+    }
+
+    /// Opens a folder whoever else may write to it, making it (with this mode) if it is not there: for what others can
+    /// only disturb and not betray.
+    pub fn open_shared(path: &Path, create: u32) -> Result<Self, Error> {
+        let failed = |action, source: io::Error| Error::Io { action, path: path.to_owned(), source };
+        let mut builder = std::fs::DirBuilder::new();
+        std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), create);
+        builder.create(path).map_err(|e| failed("make", e))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = fs::open(path, flags, Mode::empty()).map_err(|e| failed("open", e.into()))?;
+        Ok(Self { fd, path: path.to_owned() })
+    }
+
     /// Opens a folder in this one.
     pub fn subdir(&self, name: &str) -> Result<Self, Error> {
         self.open_folder(name, OFlags::RDONLY)

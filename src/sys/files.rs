@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::Read as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
@@ -118,6 +119,14 @@ pub fn read_given(path: &Path, limit: u64) -> Result<Zeroizing<Vec<u8>>, Error> 
         return Err(Error::NoFile { path: path.to_owned() });
     }
     read_to(file, facts.len(), limit, path)
+}
+
+/// Something that changes when the file that a path leads to is changed or replaced; none if there is none.
+pub fn stamp(path: &Path) -> Option<u64> {
+    let facts = std::fs::metadata(path).ok()?;
+    let mut hash = DefaultHasher::new();
+    (facts.dev(), facts.ino(), facts.len(), facts.mtime(), facts.mtime_nsec()).hash(&mut hash);
+    Some(hash.finish())
 }
 
 /// Whether a path that a command was given is a folder.

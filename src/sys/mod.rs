@@ -7,6 +7,9 @@ pub mod fetch;
 pub mod files;
 pub mod keys;
 pub mod listen;
+pub mod peer;
+pub mod process;
+pub mod socket;
 pub mod tree;
 pub mod watch;
 

@@ -194,7 +194,7 @@ impl Error {
 /// Runs a command; `None` for one that is no tool.
 pub fn run(command: Command) -> Option<Result<Report, Error>> {
     let done = match command {
-        Command::Serve(_) | Command::IstioCa(_) => return None,
+        Command::Serve(_) | Command::Agent(_) | Command::IstioCa(_) => return None,
         Command::Root(RootCommand::New(arguments)) => root::new(&arguments),
         Command::Intermediate(IntermediateCommand::New(arguments)) => intermediate::new(&arguments),
         Command::Csr(CsrCommand::New(arguments)) => csr::new(&arguments),

@@ -1,15 +1,13 @@
 //! `mica csr request`.
 
 use serde_json::json;
-use time::OffsetDateTime;
 
 use super::{Error, Report, connect, made, name_of, read};
 use crate::client::{Credential, Wanted};
 use crate::config::cli::CsrRequest;
-use crate::core::bundle::TrustBundle;
 use crate::core::certificate::Certificate;
-use crate::core::chain;
 use crate::core::csr::{CheckedCsr, nameless};
+use crate::core::granted::Granted;
 use crate::core::inspect::{distance, one_line};
 use crate::core::key::{PrivateKey, PublicKey};
 use crate::core::pem;
@@ -41,7 +39,7 @@ pub(super) fn request(arguments: &CsrRequest) -> Result<Report, Error> {
     let answer = connect::with(target, async |client| client.create_certificate(&wanted).await)?;
     let now = clock::now();
     let granted = Granted::checked(&answer, &asked.public, expected.as_ref(), now)
-        .map_err(|fault| Error::Answer { address, fault })?;
+        .map_err(|fault| Error::Answer { address, fault: fault.to_string() })?;
 
     let (chain_pem, roots_pem) = (granted.chain_pem(), granted.bundle.pem().clone());
     let key_pem = asked.key.as_ref().map(PrivateKey::to_pem);
@@ -122,47 +120,4 @@ fn holder(folder: &std::path::Path) -> Result<Option<SpiffeId>, Error> {
     let found = files::read_named(folder, &[CHAIN], super::MAX_FILE)?;
     let chain = found.get(CHAIN).and_then(|text| Certificate::all_from_pem(text).ok()).unwrap_or_default();
     Ok(chain.first().and_then(|leaf| leaf.spiffe_id().ok()))
-}
-
-/// An answer that is what it should be.
-#[derive(Debug)]
-struct Granted {
-    chain: Vec<Certificate>,
-    bundle: TrustBundle,
-    id: SpiffeId,
-}
-
-impl Granted {
-    /// As strictly as the strictest of Istio's clients: one certificate in each element, but for the last, which is the
-    /// trust bundle.
-    fn checked(
-        answer: &[String],
-        key: &PublicKey,
-        expected: Option<&SpiffeId>,
-        now: OffsetDateTime,
-    ) -> Result<Self, String> {
-        let Some((bundle, above)) = answer.split_last().filter(|(_, above)| !above.is_empty()) else {
-            return Err(format!("it holds {} elements, and a leaf and a trust bundle are two", answer.len()));
-        };
-        let bundle = TrustBundle::from_pem(bundle.as_bytes()).map_err(|fault| fault.to_string())?;
-        let mut chain = Vec::new();
-        for (element, number) in above.iter().zip(1..) {
-            let certificates = Certificate::all_from_pem(element.as_bytes())
-                .map_err(|fault| format!("element {number}: {fault}"))?;
-            let [certificate] = <[Certificate; 1]>::try_from(certificates).map_err(|several| {
-                format!("element {number} holds {} certificates, not one", several.len())
-            })?;
-            chain.push(certificate);
-        }
-        if chain[0].spki != key.spki() {
-            return Err("the certificate is for another key than the one that was sent".to_owned());
-        }
-        let id = chain::verify(&chain, &bundle, expected, now)
-            .map_err(|faults| faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
-        Ok(Self { chain, bundle, id })
-    }
-
-    fn chain_pem(&self) -> String {
-        self.chain.iter().map(Certificate::to_pem).collect()
-    }
 }

@@ -14,7 +14,7 @@ use mica::core::refusal::{Code, Reason};
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 
 use crate::serve::{self, mtls, wait_for};
-use crate::{cluster, parts};
+use crate::{agent, cluster, parts};
 
 fn checkout() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -42,17 +42,22 @@ fn code(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_flag_of_serve_is_documented_as_it_is() {
-    let mut rows = rows(&read("docs/configuration.md"));
+fn every_flag_is_documented_as_it_is() {
+    flags_are_documented("serve", "docs/configuration.md", true);
+    flags_are_documented("agent", "docs/agent.md", false);
+}
+
+fn flags_are_documented(name: &str, document: &str, reports: bool) {
+    let mut rows = rows(&read(document));
     let command = Cli::command();
-    let output = command.get_arguments().find(|argument| argument.get_long() == Some("output")).unwrap();
-    let serve = command.find_subcommand("serve").unwrap();
-    for argument in serve.get_arguments().chain([output]) {
+    let output = command.get_arguments().find(|argument| argument.get_long() == Some("output"));
+    let subcommand = command.find_subcommand(name).unwrap();
+    for argument in subcommand.get_arguments().chain(output.filter(|_| reports)) {
         let name = match argument.get_long() {
             Some(long) => format!("--{long}"),
             None => argument.get_value_names().unwrap()[0].to_string(),
         };
-        let row = rows.remove(&name).unwrap_or_else(|| panic!("{name} is not in docs/configuration.md"));
+        let row = rows.remove(&name).unwrap_or_else(|| panic!("{name} is not in {document}"));
         let variable = argument.get_env().map(|variable| variable.to_string_lossy().into_owned());
         assert_eq!(code(&row[1]).first(), variable.as_ref(), "{name}: its variable");
         let defaults: Vec<_> =
@@ -69,7 +74,7 @@ fn every_flag_of_serve_is_documented_as_it_is() {
     }
     // Tables of other things begin with other words.
     rows.retain(|name, _| name.starts_with("--"));
-    assert!(rows.is_empty(), "documented, and no flag of serve: {:?}", rows.keys());
+    assert!(rows.is_empty(), "documented, and no flag of {name}: {:?}", rows.keys());
 }
 
 #[test]
@@ -162,12 +167,39 @@ fn every_metric_is_documented_as_it_is() {
     for (name, family) in families(&cluster::metrics_page()) {
         found.entry(name).or_insert(family);
     }
-    let documented: BTreeMap<_, _> = rows(&read("docs/metrics.md"))
+    assert_eq!(found, documented_metrics("docs/metrics.md"));
+}
+
+fn documented_metrics(document: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
+    rows(&read(document))
         .into_iter()
         .filter(|(_, cells)| cells.len() > 6)
         .map(|(name, cells)| (name, (cells[1].clone(), code(&cells[2]).into_iter().collect())))
-        .collect();
-    assert_eq!(found, documented);
+        .collect()
+}
+
+/// One that is refused until its token is there.
+#[test]
+fn every_metric_of_the_agent_is_documented_as_it_is() {
+    let place = serve::Place::new();
+    place.account("web");
+    let mica = place.start(&["--trial-tokens"]);
+    let mut command = agent::command(&place, &mica);
+    let path = place.root.path().join("token-shop-web");
+    fs::write(&path, "none").unwrap();
+    command.arg("--token-file").arg(&path).arg("--files").arg(place.root.path().join("certs"));
+    let agent = agent::start(&place, "web", &mut command);
+    let page = |wanted: &str| {
+        wait_for(Duration::from_secs(10), wanted, || {
+            Some(agent.page("/metrics").1).filter(|page| page.contains(wanted))
+        })
+    };
+    page("mica_agent_failures_total{");
+    agent::token(&place, "shop/web");
+    let page = page("mica_agent_watchers{");
+    assert_eq!(families(&page), documented_metrics("docs/agent.md"));
+    agent.stop();
+    mica.stop();
 }
 
 #[test]
@@ -418,7 +450,7 @@ fn shown(text: &str) -> Vec<(String, Vec<String>)> {
 }
 
 /// Whether a line is the one that was shown, but for numbers: words with a digit in them. `…` stands for any rest.
-fn is_shown(line: &str, shown: &str) -> bool {
+pub(crate) fn is_shown(line: &str, shown: &str) -> bool {
     let words = |text: &str| -> Vec<String> {
         let word = |word: &str| {
             if word.contains(|c: char| c.is_ascii_digit()) { "#".to_owned() } else { word.to_owned() }

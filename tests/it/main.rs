@@ -3,6 +3,8 @@
 // A test asks the machine directly; what must not is src/.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
+mod agent;
+mod bookinfo;
 mod cli;
 mod cluster;
 mod conformance;

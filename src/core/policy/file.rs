@@ -64,6 +64,10 @@ pub(super) struct File {
     pub(super) deny: Option<Spanned<bool>>,
     #[serde(deserialize_with = "said")]
     pub(super) token_review: Option<Spanned<bool>>,
+    #[serde(deserialize_with = "said")]
+    pub(super) jwt: Option<Spanned<bool>>,
+    #[serde(deserialize_with = "said")]
+    pub(super) jwt_lifetime: Option<Spanned<String>>,
     pub(super) impersonators: Vec<Spanned<String>>,
     pub(super) forwarders: Vec<Spanned<String>>,
     pub(super) oidc: Vec<Oidc>,
@@ -91,6 +95,10 @@ pub(super) struct Rules {
     pub(super) deny: Option<Spanned<bool>>,
     #[serde(deserialize_with = "said")]
     pub(super) token_review: Option<Spanned<bool>>,
+    #[serde(deserialize_with = "said")]
+    pub(super) jwt: Option<Spanned<bool>>,
+    #[serde(deserialize_with = "said")]
+    pub(super) jwt_lifetime: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -159,6 +167,8 @@ impl File {
             dns: self.dns.take(),
             deny: self.deny.take(),
             token_review: self.token_review.take(),
+            jwt: self.jwt.take(),
+            jwt_lifetime: self.jwt_lifetime.take(),
         }
     }
 }

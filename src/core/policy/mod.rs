@@ -16,6 +16,7 @@ use time::OffsetDateTime;
 
 use super::calendar::Spread;
 use super::caller::{Caller, Proof};
+use super::jwt_svid;
 use super::key::KeyKind;
 use super::lifetime::{Lifetime, shown};
 use super::profile::DnsName;
@@ -262,6 +263,8 @@ struct Rules {
     dns: Of<Arc<[Pattern]>>,
     deny: Of<bool>,
     token_review: Of<bool>,
+    jwt: Of<bool>,
+    jwt_lifetime: Of<Lifetime>,
 }
 
 impl Policy {
@@ -285,6 +288,8 @@ impl Policy {
             dns: Of { value: Arc::new([]), origin: Origin::BuiltIn },
             deny: Of { value: false, origin: Origin::BuiltIn },
             token_review: Of { value: false, origin: Origin::BuiltIn },
+            jwt: Of { value: true, origin: Origin::BuiltIn },
+            jwt_lifetime: Of { value: jwt_svid::LIFETIME, origin: Origin::BuiltIn },
         };
         let all = unsaid.with(&file.rules(), &Scope::All)?;
         let mut namespaces = HashMap::new();
@@ -321,13 +326,9 @@ impl Policy {
 
     /// Whether somebody may have a certificate, and which.
     pub fn decide(&self, ask: &Ask<'_>) -> Result<Decision, Refusal> {
-        let own = self.rules(&ask.caller.account);
+        let renewable_until = self.admit(ask)?;
         let account = ask.impersonated.unwrap_or(&ask.caller.account);
         let rules = self.rules(account);
-        own.review(ask.caller)?;
-        let renewable_until = own.renewable(ask.caller, ask.now)?;
-        self.impersonation(ask)?;
-        self.allowed(ask)?;
         rules.key(account, ask.key)?;
         let lifetime = rules.lifetime(account, ask.lifetime)?;
         let (dns, left_out) = self.dns(rules, account, ask.dns);
@@ -340,6 +341,31 @@ impl Policy {
             left_out,
             renewable_until,
         })
+    }
+
+    /// Whether somebody may be taken for whom it is or asks for, whatever it wants then; and until when its certificate is
+    /// enough for that.
+    pub fn admit(&self, ask: &Ask<'_>) -> Result<Option<OffsetDateTime>, Refusal> {
+        let own = self.rules(&ask.caller.account);
+        own.review(ask.caller)?;
+        let renewable_until = own.renewable(ask.caller, ask.now)?;
+        self.impersonation(ask)?;
+        self.allowed(ask)?;
+        Ok(renewable_until)
+    }
+
+    /// Whether somebody may have a JWT-SVID, whose, and how long it is good.
+    pub fn jwt(&self, ask: &Ask<'_>) -> Result<(ServiceAccount, Of<Lifetime>), Refusal> {
+        self.admit(ask)?;
+        let account = ask.impersonated.unwrap_or(&ask.caller.account);
+        let rules = self.rules(account);
+        if !rules.jwt.value {
+            let sentence = format!("{account} may have no JWT-SVIDs ({})", rules.jwt.origin);
+            return Err(
+                Refusal::new(Reason::IdentityDenied, sentence).with_detail(rules.jwt.origin.located())
+            );
+        }
+        Ok((account.clone(), rules.jwt_lifetime.clone()))
     }
 
     /// What is delivered to an account without being asked for over the network: its wishes count within what it could
@@ -599,6 +625,8 @@ impl Rules {
             dns: or(&said.dns, scope, &self.dns, |names| names.value.iter().map(read).collect())?,
             deny: or(&said.deny, scope, &self.deny, |deny| Ok(deny.value))?,
             token_review: or(&said.token_review, scope, &self.token_review, |wanted| Ok(wanted.value))?,
+            jwt: or(&said.jwt, scope, &self.jwt, |allowed| Ok(allowed.value))?,
+            jwt_lifetime: or(&said.jwt_lifetime, scope, &self.jwt_lifetime, of_a_token)?,
         };
         rules.check(scope)?;
         Ok(rules)
@@ -717,6 +745,16 @@ fn at_least_shortest(text: &Spanned<String>) -> Result<Lifetime, Error> {
             text,
             format!("a lifetime of {lifetime} is shorter than {SHORTEST}, which is the least"),
         ));
+    }
+    Ok(lifetime)
+}
+
+fn of_a_token(text: &Spanned<String>) -> Result<Lifetime, Error> {
+    let lifetime = at_least_shortest(text)?;
+    if lifetime > jwt_svid::LONGEST {
+        let fault =
+            format!("a token that is good for {lifetime} is good for longer than {}", jwt_svid::LONGEST);
+        return Err(Error::at(text, fault));
     }
     Ok(lifetime)
 }

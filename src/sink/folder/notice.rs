@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::volume;
+use super::volume::{self, FILES};
 use super::{FolderSink, Owner, Place, State, folder_name, locked};
 use crate::core::spiffe::ServiceAccount;
 use crate::sys::dir::Stat;
@@ -335,7 +335,7 @@ impl FolderSink {
         }
         let mut inodes = [0; 2];
         if owner == Owner::Us {
-            let (look, folder, current) = volume::look(&namespace, &folder_name(account));
+            let (look, folder, current) = volume::look(&namespace, &folder_name(account), FILES);
             inodes = [look.folder, look.current];
             for (which, handle) in [folder, current].into_iter().enumerate() {
                 let Some(handle) = handle else { continue };
@@ -396,15 +396,16 @@ impl FolderSink {
         };
         let name = folder_name(&account);
         let known = locked(&self.state).slots[id as usize].look.stamp;
-        if volume::look(&namespace, &name).0.stamp != known {
+        if volume::look(&namespace, &name, FILES).0.stamp != known {
             // Changed by others, and so to be read and published, which clears it.
             return;
         }
-        let tidied = namespace.subdir(&name).map_err(Into::into).and_then(|folder| volume::tidy(&folder));
+        let tidied =
+            namespace.subdir(&name).map_err(Into::into).and_then(|folder| volume::tidy(&folder, FILES));
         if let Err(error) = tidied {
             tracing::warn!(%account, %error, "an earlier certificate cannot be removed");
         }
-        let (look, ..) = volume::look(&namespace, &name);
+        let (look, ..) = volume::look(&namespace, &name, FILES);
         let mut state = locked(&self.state);
         let slot = &mut state.slots[id as usize];
         slot.flags.untidy = false;

@@ -21,8 +21,10 @@ use crate::core::plan::CertificateSet;
 use crate::sink::{Error, FoundSet};
 use crate::sys::dir::{self, Access, Dir, Kind, Stat};
 
-const FILES: [&str; 3] = ["cert-chain.pem", "key.pem", "root-cert.pem"];
-const LINKS: [&str; 3] = ["..data/cert-chain.pem", "..data/key.pem", "..data/root-cert.pem"];
+/// What the files are called: chain, key, trust bundle.
+pub(super) type Names = [&'static str; 3];
+/// As Istio's sidecars mount them.
+pub(super) const FILES: Names = ["cert-chain.pem", "key.pem", "root-cert.pem"];
 const DATA: &str = "..data";
 const DATA_NEXT: &str = "..data_tmp";
 /// Far more than a bundle of hundreds of roots.
@@ -33,6 +35,9 @@ const LARGEST: usize = 1 << 20;
 pub(super) struct Shape {
     pub file: Access,
     pub folder: Access,
+    pub names: Names,
+    /// The outer folder is somebody else's, who gave it for this: its access is left as it is.
+    pub given: bool,
 }
 
 /// What a volume looked like. Any change made to it by others changes the stamp.
@@ -71,7 +76,8 @@ pub(super) fn publish(
     shape: &Shape,
     now: OffsetDateTime,
 ) -> Result<(Look, bool), Error> {
-    let listing = if fresh { Listing::default() } else { Listing::of(folder)? };
+    let names = shape.names;
+    let listing = if fresh { Listing::default() } else { Listing::of(folder, names)? };
     let before = match listing.data {
         Some(Kind::Link) => target(folder)?,
         _ => None,
@@ -81,7 +87,7 @@ pub(super) fn publish(
         if before.as_ref() == Some(old) {
             untidy = true;
         } else {
-            drop_stamped(folder, old)?;
+            drop_stamped(folder, old, names)?;
         }
     }
     let name = make_stamped(folder, shape, now)?;
@@ -90,26 +96,27 @@ pub(super) fn publish(
         Ok(stats) => stats,
         Err(error) => {
             // The first fault is the one to tell; what stays is cleared by the next call.
-            let _ = drop_stamped(folder, &name);
+            let _ = drop_stamped(folder, &name, names);
             return Err(error);
         }
     };
-    for (index, link) in FILES.iter().enumerate() {
+    for (index, link) in names.iter().enumerate() {
+        let target = through(link);
         match listing.links[index] {
             None => {}
-            Some(Kind::Link) if folder.read_link(link)? == LINKS[index] => continue,
+            Some(Kind::Link) if folder.read_link(link)? == *target => continue,
             Some(kind) => displace(folder, link, kind)?,
         }
-        folder.symlink(LINKS[index], link)?;
+        folder.symlink(&target, link)?;
     }
-    let stat = folder.settle(shape.folder)?;
+    let stat = if shape.given { folder.stat_self()? } else { folder.settle(shape.folder)? };
     let files = files.map(Some);
     Ok((Look::new(&stat, Some((&current, &files))), untidy))
 }
 
 /// Reads the set of a folder that is ours.
 pub(super) fn read(parent: &Dir, name: &str, shape: &Shape) -> Result<Content, Error> {
-    match read_whole(parent, name, shape) {
+    match parent.subdir(name).map_err(Fault::from).and_then(|folder| read_whole(&folder, shape)) {
         Ok(content) => Ok(content),
         Err(Fault::Damage(what)) => Ok(Content::Damaged(what)),
         Err(Fault::Dir(error)) => match error {
@@ -124,7 +131,7 @@ pub(super) fn read(parent: &Dir, name: &str, shape: &Shape) -> Result<Content, E
 }
 
 /// Looks at a volume without reading it. With the look come handles to the folder and to the current set's.
-pub(super) fn look(parent: &Dir, name: &str) -> (Look, Option<Dir>, Option<Dir>) {
+pub(super) fn look(parent: &Dir, name: &str, names: Names) -> (Look, Option<Dir>, Option<Dir>) {
     let Ok(folder) = parent.subdir_to_look(name) else {
         return (Look::of_foreign(parent, name), None, None);
     };
@@ -138,13 +145,13 @@ pub(super) fn look(parent: &Dir, name: &str) -> (Look, Option<Dir>, Option<Dir>)
     let Ok(current_stat) = current.stat_self() else {
         return (Look::new(&stat, None), Some(folder), None);
     };
-    let files = FILES.map(|file| current.find(file).ok().flatten());
+    let files = names.map(|file| current.find(file).ok().flatten());
     (Look::new(&stat, Some((&current_stat, &files))), Some(folder), Some(current))
 }
 
 /// Removes what is left of earlier sets.
-pub(super) fn tidy(folder: &Dir) -> Result<(), Error> {
-    let listing = Listing::of(folder)?;
+pub(super) fn tidy(folder: &Dir, names: Names) -> Result<(), Error> {
+    let listing = Listing::of(folder, names)?;
     if listing.data != Some(Kind::Link) {
         // Damaged: the next publication clears it.
         return Ok(());
@@ -152,7 +159,7 @@ pub(super) fn tidy(folder: &Dir) -> Result<(), Error> {
     let current = target(folder)?;
     for old in &listing.stamped {
         if current.as_ref() != Some(old) {
-            drop_stamped(folder, old)?;
+            drop_stamped(folder, old, names)?;
         }
     }
     match listing.data_next {
@@ -163,11 +170,11 @@ pub(super) fn tidy(folder: &Dir) -> Result<(), Error> {
 }
 
 /// Takes a set out of a folder that is ours, `..data` first, so that it is gone for readers in one step.
-pub(super) fn clear(folder: &Dir) -> Result<Cleared, Error> {
-    let listing = Listing::of(folder)?;
+pub(super) fn clear(folder: &Dir, names: Names) -> Result<Cleared, Error> {
+    let listing = Listing::of(folder, names)?;
     let mut kept = listing.others;
     let ours = [(DATA, listing.data), (DATA_NEXT, listing.data_next)];
-    for (name, kind) in ours.into_iter().chain(FILES.into_iter().zip(listing.links)) {
+    for (name, kind) in ours.into_iter().chain(names.into_iter().zip(listing.links)) {
         match kind {
             None => {}
             Some(Kind::Folder) => match folder.rmdir(name) {
@@ -178,7 +185,7 @@ pub(super) fn clear(folder: &Dir) -> Result<Cleared, Error> {
         }
     }
     for name in listing.stamped {
-        if !drop_stamped(folder, &name)? {
+        if !drop_stamped(folder, &name, names)? {
             kept.push(name);
         }
     }
@@ -217,34 +224,45 @@ impl From<dir::Error> for Fault {
     }
 }
 
-fn read_whole(parent: &Dir, name: &str, shape: &Shape) -> Result<Content, Fault> {
-    let folder = parent.subdir(name)?;
+/// Reads the set of a folder that was given to us.
+pub(super) fn read_given(folder: &Dir, shape: &Shape) -> Result<Content, Error> {
+    match read_whole(folder, shape) {
+        Ok(content) => Ok(content),
+        Err(Fault::Damage(what)) => Ok(Content::Damaged(what)),
+        Err(Fault::Dir(error)) => Ok(Content::Damaged(error.to_string())),
+    }
+}
+
+fn read_whole(folder: &Dir, shape: &Shape) -> Result<Content, Fault> {
+    let names = shape.names;
     let path = folder.path().display();
     let damage = |what: String| Fault::Damage(format!("{path}/{what}"));
-    let listing = Listing::of(&folder)?;
+    let listing = Listing::of(folder, names)?;
     match listing.data {
         Some(Kind::Link) => {}
         None => return Err(damage(format!("{DATA} is missing"))),
         Some(kind) => return Err(damage(format!("{DATA} is {kind}, not a symbolic link"))),
     }
-    let Some(current_name) = target(&folder)? else {
+    let Some(current_name) = target(folder)? else {
         let target = folder.read_link(DATA)?;
         return Err(damage(format!("{DATA} points to {target:?}, which mica did not make")));
     };
-    for (index, link) in FILES.iter().enumerate() {
+    for (index, link) in names.iter().enumerate() {
         match listing.links[index] {
             Some(Kind::Link) => {}
             None => return Err(damage(format!("{link} is missing"))),
             Some(kind) => return Err(damage(format!("{link} is {kind}, not a symbolic link"))),
         }
-        let target = folder.read_link(link)?;
-        if target != LINKS[index] {
-            return Err(damage(format!("{link} points to {target:?}, not to {:?}", LINKS[index])));
+        let (target, ours) = (folder.read_link(link)?, through(link));
+        if target != *ours {
+            return Err(damage(format!("{link} points to {target:?}, not to {ours:?}")));
         }
     }
     let current = folder.subdir(&current_name)?;
     let mut loose = String::new();
-    judge(&mut loose, &folder, None, &folder.stat_self()?, shape.folder);
+    if !shape.given {
+        judge(&mut loose, folder, None, &folder.stat_self()?, shape.folder);
+    }
     judge(&mut loose, &current, None, &current.stat_self()?, shape.folder);
     let mut text = |file: &str| -> Result<Zeroizing<String>, Fault> {
         let (bytes, stat) = current.read(file, LARGEST)?;
@@ -255,7 +273,7 @@ fn read_whole(parent: &Dir, name: &str, shape: &Shape) -> Result<Content, Fault>
             damage(format!("{current_name}/{file} is not text"))
         })
     };
-    let [chain, key, roots] = FILES;
+    let [chain, key, roots] = names;
     let set = CertificateSet {
         chain_pem: std::mem::take(&mut *text(chain)?),
         key_pem: text(key)?,
@@ -304,14 +322,14 @@ struct Listing {
 }
 
 impl Listing {
-    fn of(folder: &Dir) -> Result<Self, dir::Error> {
+    fn of(folder: &Dir, names: Names) -> Result<Self, dir::Error> {
         let mut listing = Self::default();
         for entry in folder.names()? {
             let name = entry.name.to_string_lossy();
             let slot = match name.as_ref() {
                 DATA => &mut listing.data,
                 DATA_NEXT => &mut listing.data_next,
-                name => match FILES.iter().position(|file| *file == name) {
+                name => match names.iter().position(|file| *file == name) {
                     Some(index) => &mut listing.links[index],
                     None if entry.kind == Kind::Folder && is_stamped(name) => {
                         listing.stamped.push(name.to_owned());
@@ -327,6 +345,11 @@ impl Listing {
         }
         Ok(listing)
     }
+}
+
+/// What a file's link says.
+fn through(name: &str) -> String {
+    format!("{DATA}/{name}")
 }
 
 /// The folder that `..data` points to, if it is one that we could have made, in this folder.
@@ -372,7 +395,7 @@ fn make_stamped(folder: &Dir, shape: &Shape, now: OffsetDateTime) -> Result<Stri
 
 fn fill(folder: &Dir, name: &str, set: &CertificateSet, shape: &Shape) -> Result<(Stat, [Stat; 3]), Error> {
     let inside = folder.subdir(name)?;
-    let [chain, key, roots] = FILES;
+    let [chain, key, roots] = shape.names;
     let files = [
         inside.write_new(chain, set.chain_pem.as_bytes(), shape.file)?,
         inside.write_new(key, set.key_pem.as_bytes(), shape.file)?,
@@ -411,9 +434,9 @@ fn displace(folder: &Dir, name: &str, kind: Kind) -> Result<(), Error> {
 }
 
 /// Removes our files from a timestamped folder, then the folder; `false` if there is something else in it.
-fn drop_stamped(folder: &Dir, name: &str) -> Result<bool, Error> {
+fn drop_stamped(folder: &Dir, name: &str, names: Names) -> Result<bool, Error> {
     let inside = folder.subdir(name)?;
-    for file in FILES {
+    for file in names {
         match inside.unlink(file) {
             Err(error) if !error.is_absent() => match inside.find(file)? {
                 // Not ours then, and it keeps the folder.
@@ -473,7 +496,8 @@ mod tests {
     fn a_clock_that_stands_still_or_goes_back_is_no_hindrance() {
         let place = tempfile::tempdir().unwrap();
         let folder = Dir::open_trusted(place.path(), None).unwrap();
-        let shape = Shape { file: Access::mode(0o600), folder: Access::mode(0o700) };
+        let shape =
+            Shape { file: Access::mode(0o600), folder: Access::mode(0o700), names: FILES, given: false };
         let late = OffsetDateTime::UNIX_EPOCH + time::Duration::days(400) - time::Duration::nanoseconds(1);
         for (round, now) in [late, late, late, late - time::Duration::days(365), late].into_iter().enumerate()
         {

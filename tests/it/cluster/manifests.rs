@@ -359,6 +359,13 @@ fn whoever_has_micas_token_writes_nothing_but_what_mica_writes() {
     refused("DELETE", &format!("{ours}/istio-ca-secret"), Value::Null);
     ask(&admin, "DELETE", &format!("{ours}/istio-ca-secret"), &Value::Null).unwrap();
 
+    // The keys of JWT-SVIDs: made and changed, and of a type that is nobody else's.
+    refused("POST", &theirs, secret("mica-jwt-keys", "mica.dev/jwt-keys", None));
+    refused("POST", &format!("{ours}?dryRun=All"), secret("mica-jwt-keys", "Opaque", None));
+    granted("POST", &ours, secret("mica-jwt-keys", "mica.dev/jwt-keys", None));
+    granted("PATCH", &format!("{ours}/mica-jwt-keys"), json!({"data": {"jwt-keys.json": "eA=="}}));
+    refused("DELETE", &format!("{ours}/mica-jwt-keys"), Value::Null);
+
     // The roots, and the memory of them.
     let maps = [&shop, &own].map(|namespace| format!("{namespace}/configmaps"));
     granted("POST", &maps[0], roots("istio-ca-root-cert"));
@@ -613,7 +620,7 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
     client.impersonated(&for_others, "spiffe://cluster.local/ns/shop/sa/nobody").unwrap_err();
     client.identity(&gone).unwrap_err();
     shop.delete_pod("web-1");
-    client.identity(&token).unwrap_err();
+    wait_for(soon, "a refusal", || client.identity(&token).err());
 
     let namespace = format!("--namespace={OWN}");
     let rules = |kind: &str| -> Value {

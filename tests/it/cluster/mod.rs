@@ -9,7 +9,7 @@ mod knowledge;
 mod lease;
 mod manifests;
 mod namespaces;
-mod node;
+pub(crate) mod node;
 mod pods;
 mod roots;
 mod secrets;

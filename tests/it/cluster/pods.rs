@@ -62,7 +62,7 @@ fn sidecars_live_through_upgrades_outages_and_kills_without_a_failed_request() {
     // Followed by what makes two replicas' names differ.
     node.kill(NAMESPACE, killed.split_once('_').unwrap().0);
     let begun = Instant::now();
-    wait_for(Duration::from_secs(30), "another leader", || (leader(node) != killed).then_some(()));
+    wait_for(Duration::from_secs(15), "another leader", || (leader(node) != killed).then_some(()));
     eprintln!("another leads {:?} after the kill", begun.elapsed());
     renewed("after a kill");
 

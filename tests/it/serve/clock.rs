@@ -25,7 +25,12 @@ fn start(place: &Place) -> Mica {
 }
 
 /// With the clock of the place.
-pub(crate) fn start_command(place: &Place, mut command: Command) -> Mica {
+pub(crate) fn start_command(place: &Place, command: Command) -> Mica {
+    place.start_command(&mut faked(place, command))
+}
+
+/// A command with the clock of the place.
+pub(crate) fn faked(place: &Place, mut command: Command) -> Command {
     let mut faketime = Command::new(parts::faketime());
     let library = run(faketime.args(["-m", "-f", "+0d", "printenv", "LD_PRELOAD"]));
     command.env("LD_PRELOAD", library.trim());
@@ -33,7 +38,7 @@ pub(crate) fn start_command(place: &Place, mut command: Command) -> Mica {
     for name in ["FAKETIME_NO_CACHE", "FAKETIME_DONT_FAKE_MONOTONIC", "NO_FAKE_STAT"] {
         command.env(name, "1");
     }
-    place.start_command(&mut command)
+    command
 }
 
 pub(crate) fn wait_for_status(mica: &Mica, status: u16) -> String {

@@ -1,5 +1,6 @@
 //! `mica serve` as its users run it: the built program, real folders, real signals.
 
+pub(crate) mod agent;
 pub(crate) mod authority;
 pub(crate) mod clock;
 mod delivery;
@@ -59,11 +60,20 @@ impl Place {
 
     /// The command `mica serve` for this place, on free ports.
     pub(crate) fn command(&self) -> Command {
+        self.command_at("127.0.0.1:0")
+    }
+
+    fn command_at(&self, grpc: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
         command.arg("serve").arg(self.source()).arg("--data-dir").arg(self.data());
-        command.args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]);
+        command.args(["--grpc-address", grpc, "--http-address", "127.0.0.1:0"]);
         command.stdin(Stdio::null());
         command
+    }
+
+    /// Starts it where clients of an earlier one look for it.
+    pub(crate) fn start_at(&self, grpc: &str, arguments: &[&str]) -> Mica {
+        self.start_command(self.command_at(grpc).args(arguments))
     }
 
     /// Starts it and waits until it says where it listens.

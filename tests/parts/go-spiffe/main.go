@@ -33,6 +33,11 @@ const usage = `usage:
   get FOLDER URL --server-id ID                      one request over mutual TLS
   health ADDRESS --roots FILE --name DNS             a gRPC server's health, over TLS
     [--tls12] [--service NAME] [--watch]
+  jwt BUNDLE --trust-domain TD --audience NAME       the JWT-SVIDs of standard input, by a bundle in SPIFFE JSON
+  federate URL --trust-domain TD                     fetches a bundle from its endpoint and prints it
+    --endpoint-id ID --bundle FILE | --roots FILE
+  serve-bundle FILE --trust-domain TD                a bundle endpoint; prints its URL; ends with standard input
+    --svid FOLDER | --certificate FILE --key FILE
 `
 
 var errUsage = errors.New("wrong usage")
@@ -68,6 +73,12 @@ func run(args []string) error {
 		return get(args)
 	case "health":
 		return health(args)
+	case "jwt":
+		return checkJWT(args)
+	case "federate":
+		return federate(args)
+	case "serve-bundle":
+		return serveBundle(args)
 	}
 	return fmt.Errorf("%w: no command %q", errUsage, command)
 }

@@ -1,13 +1,11 @@
 //! What shows that the cluster had an authority.
 
-use k8s_openapi::api::core::v1::ConfigMap;
 use kube::core::Request;
 use kube::core::params::ListParams;
 use serde::Deserialize;
-use serde_json::json;
 
-use super::{AuthorityError, Failure, Kept, MARKER};
-use crate::cluster::call::{Call, Fault, call};
+use super::{Failure, Kept};
+use crate::cluster::call::{Call, call};
 use crate::core::bundle::TrustBundle;
 use crate::store::ROOTS;
 
@@ -22,33 +20,6 @@ const PAGE: u32 = 20;
 const PAGES: usize = 50;
 
 impl Kept {
-    /// The roots that the marker holds.
-    pub(super) fn roots_of(&self, marker: &ConfigMap) -> Result<TrustBundle, AuthorityError> {
-        let bad = |fault: String| AuthorityError::Marker { namespace: self.namespace.clone(), fault };
-        let text = marker.data.as_ref().and_then(|data| data.get(ROOTS));
-        let text = text.ok_or_else(|| bad(format!("it has no {ROOTS}")))?;
-        TrustBundle::from_pem(text.as_bytes()).map_err(|fault| bad(format!("{ROOTS}: {fault}")))
-    }
-
-    /// Writes down the roots, before anything is issued below them.
-    pub(super) async fn mark(&self, bundle: &TrustBundle) -> Result<(), Failure> {
-        let about = "The roots that this cluster has known. Mica refuses to begin with others, and makes no new ones while this is there.";
-        let marker = json!({
-            "apiVersion": "v1", "kind": "ConfigMap", "immutable": true,
-            "metadata": {
-                "name": MARKER, "namespace": self.namespace,
-                "annotations": {"kubernetes.io/description": about},
-            },
-            "data": {ROOTS: &**bundle.pem()},
-        });
-        match self.create("configmaps", MARKER, &marker).await {
-            Ok(()) => Ok(()),
-            // What another replica has written down is compared at the next try.
-            Err(Fault::Taken(fault)) => Err(Failure::Later(Fault::Taken(fault))),
-            Err(fault) => Err(fault.into()),
-        }
-    }
-
     /// Something in the cluster, or on this disk, that carries a root.
     pub(super) async fn trace(&self) -> Result<Option<String>, Failure> {
         if self.known.is_some() {
@@ -66,7 +37,7 @@ impl Kept {
             for _ in 0..PAGES {
                 let what = Call { verb: "list", resource, namespace, name: None };
                 let request = Request::new(format!("{path}/{resource}")).list(&params);
-                let page: Page = call(&self.client, what, request).await?;
+                let page: Page = call(&self.home.client, what, request).await?;
                 if let Some(found) = page.items.iter().find(|item| item.carries_a_root(kind)) {
                     let Metadata { namespace, name } = &found.metadata;
                     return Ok(Some(format!("the {kind} {name} in the namespace {namespace}")));

@@ -1,0 +1,317 @@
+//! Asking the authority, with whatever credential there is.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tonic::{Code, Streaming};
+use zeroize::Zeroizing;
+
+use super::held::Svid;
+use crate::client::{self, Address, Client, Credential, Target, Wanted};
+use crate::core::bundle::{self, TrustBundle};
+use crate::core::csr::{self, nameless};
+use crate::core::granted::{self, Granted};
+use crate::core::key::{self, KeyKind};
+use crate::core::lifetime::Lifetime;
+use crate::core::pem;
+use crate::core::rotation::renew_at;
+use crate::core::spiffe::SpiffeId;
+use crate::proto::mica::v1::agent_service_client::AgentServiceClient;
+use crate::proto::mica::v1::{
+    CreateJwtSvidRequest, CreateJwtSvidResponse, Holder, ReportHoldersRequest, WatchBundlesRequest,
+    WatchBundlesResponse,
+};
+use crate::sys::{clock, files, keys};
+
+const MAX_ROOTS: u64 = 1 << 20;
+
+/// Why there is no certificate, or not one that peers would take.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No answer, or a denial.
+    #[error(transparent)]
+    Client(#[from] client::Error),
+    /// The roots to know the authority by.
+    #[error(transparent)]
+    Roots(#[from] files::Error),
+    /// Likewise.
+    #[error("{path} is no trust bundle: {fault}")]
+    Bundle {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        fault: bundle::Error,
+    },
+    /// A key could not be made.
+    #[error(transparent)]
+    Keys(#[from] keys::Error),
+    /// Nor used.
+    #[error(transparent)]
+    Key(#[from] key::Error),
+    /// A CSR could not be made.
+    #[error(transparent)]
+    Csr(#[from] csr::Error),
+    /// What came is not what was asked for, or nothing that peers would take.
+    #[error("{address} answered with what peers would refuse, so it is not taken: {fault}")]
+    Answer {
+        /// Who.
+        address: String,
+        /// What is wrong with it.
+        fault: granted::Error,
+    },
+    /// Neither a token nor a certificate can be shown.
+    #[error(
+        "there is nothing to ask with; give a token with --token-file, or a certificate with --certificate"
+    )]
+    NoCredential,
+}
+
+impl Error {
+    /// A short fixed name, for metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Client(client::Error::Denied { denial, .. }) => denial.code_name(),
+            Self::Client(client::Error::Token { .. } | client::Error::Certificate { .. })
+            | Self::NoCredential => "credential",
+            Self::Client(_) => "connection",
+            Self::Roots(_) | Self::Bundle { .. } => "roots",
+            Self::Keys(_) | Self::Key(_) | Self::Csr(_) => "key",
+            Self::Answer { .. } => "answer",
+        }
+    }
+}
+
+/// Where the authority is, and how it is known.
+#[derive(Clone, Debug)]
+pub struct Authority {
+    /// Its gRPC port.
+    pub address: Address,
+    /// Whom its certificate has to be for, if not the address's host.
+    pub name: Option<String>,
+    /// The file of its trust bundle.
+    pub roots: PathBuf,
+}
+
+/// What an identity is asked for with.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Credentials {
+    /// A token, read for each request.
+    pub token: Option<PathBuf>,
+    /// A folder with a certificate, used until there is one of the agent's own, and then that one. The token is shown
+    /// when neither is taken.
+    pub certificate: Option<PathBuf>,
+}
+
+/// One identity that is to be had.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// Whom the certificate has to name; none for whomever the credential says.
+    pub id: Option<SpiffeId>,
+    /// Whether the credential is another's, who may ask for it.
+    pub impersonated: bool,
+    /// What to show.
+    pub credentials: Credentials,
+}
+
+/// Asks.
+pub struct Asker {
+    authority: Authority,
+    lifetime: Option<Lifetime>,
+    kind: KeyKind,
+    /// A connection without a client certificate, for all that is asked with tokens, and the roots that it was made with.
+    shared: Mutex<Option<(Zeroizing<Vec<u8>>, PathBuf, Client)>>,
+}
+
+impl Asker {
+    /// Asks for certificates of a lifetime, or of the authority's default, for keys of a kind.
+    pub fn new(authority: Authority, lifetime: Option<Lifetime>, kind: KeyKind) -> Self {
+        Self { authority, lifetime, kind, shared: Mutex::default() }
+    }
+
+    /// Where the authority is.
+    pub fn address(&self) -> String {
+        self.authority.address.to_string()
+    }
+
+    /// Whether what was typed can be used: the address, and a trust bundle that is there from the start.
+    pub fn check(&self) -> Result<(), Error> {
+        self.roots().map(drop)
+    }
+
+    /// Makes a key and has it certified.
+    pub async fn certificate(&self, wish: &Wish, held: Option<&Svid>) -> Result<(Svid, TrustBundle), Error> {
+        let key = keys::generate(self.kind)?;
+        let wanted = Wanted {
+            csr: pem::encode(pem::CSR, &nameless(&key.signing()?)?),
+            lifetime: self.lifetime,
+            impersonated: wish.id.clone().filter(|_| wish.impersonated),
+            exact: false,
+        };
+        let ask = |client: Client| {
+            let wanted = wanted.clone();
+            async move { client.create_certificate(&wanted).await }
+        };
+        let answer = self.with(wish, held, ask).await?;
+        let now = clock::now();
+        let granted = Granted::checked(&answer, key.public(), wish.id.as_ref(), now)
+            .map_err(|fault| Error::Answer { address: self.address(), fault })?;
+        let leaf = &granted.chain[0];
+        let renew_at = renew_at(leaf.validity, &leaf.serial);
+        let svid = Svid { id: granted.id, chain: granted.chain, key: Arc::new(key), renew_at };
+        Ok((svid, granted.bundle))
+    }
+
+    /// Has the authority sign a JWT-SVID.
+    pub async fn jwt(
+        &self,
+        wish: &Wish,
+        held: Option<&Svid>,
+        audience: &[String],
+    ) -> Result<CreateJwtSvidResponse, Error> {
+        let message = CreateJwtSvidRequest {
+            audience: audience.to_vec(),
+            impersonated_identity: match (&wish.id, wish.impersonated) {
+                (Some(id), true) => id.to_string(),
+                _ => String::new(),
+            },
+        };
+        let ask = |client: Client| {
+            let message = message.clone();
+            async move {
+                let mut service = AgentServiceClient::new(client.channel());
+                let answer = service.create_jwt_svid(client.request(message)?).await;
+                answer.map(tonic::Response::into_inner).map_err(|status| client.fault(&status))
+            }
+        };
+        self.with(wish, held, ask).await
+    }
+
+    /// Follows the bundles until the authority, or the way to it, ends the stream.
+    pub async fn bundles(&self, wish: &Wish, held: Option<&Svid>) -> Result<Followed, Error> {
+        let ask = |client: Client| async move {
+            let request = client.request(WatchBundlesRequest {})?;
+            let answer = AgentServiceClient::new(client.channel()).watch_bundles(request).await;
+            let stream = answer.map_err(|status| client.fault(&status))?.into_inner();
+            Ok(Followed { client, stream })
+        };
+        self.with(wish, held, ask).await
+    }
+
+    /// Tells which bundles the agent's consumers hold.
+    pub async fn report(
+        &self,
+        wish: &Wish,
+        held: Option<&Svid>,
+        reporter: &str,
+        holders: Vec<Holder>,
+    ) -> Result<(), Error> {
+        let message = ReportHoldersRequest { holders, reporter: reporter.to_owned() };
+        let ask = |client: Client| {
+            let message = message.clone();
+            async move {
+                let mut service = AgentServiceClient::new(client.channel());
+                let answer = service.report_holders(client.request(message)?).await;
+                answer.map(drop).map_err(|status| client.fault(&status))
+            }
+        };
+        self.with(wish, held, ask).await
+    }
+
+    /// Asks with one credential after the other, as long as the authority says of them that it does not know who asks.
+    async fn with<T, F>(
+        &self,
+        wish: &Wish,
+        held: Option<&Svid>,
+        ask: impl Fn(Client) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, client::Error>>,
+    {
+        let mut refused = None;
+        for credential in credentials(wish, held) {
+            let asked = match self.client(credential).await {
+                Ok(client) => ask(client).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            match asked {
+                Err(error) if is_of_credential(&error) => refused = Some(error),
+                settled => return settled,
+            }
+        }
+        Err(refused.unwrap_or(Error::NoCredential))
+    }
+
+    /// Read for each request, since it may change at any time.
+    fn roots(&self) -> Result<(Zeroizing<Vec<u8>>, TrustBundle), Error> {
+        let path = &self.authority.roots;
+        let text = files::read(path, MAX_ROOTS)?;
+        let roots = TrustBundle::from_pem(&text)
+            .map_err(|fault| Error::Bundle { path: path.display().to_string(), fault })?;
+        Ok((text, roots))
+    }
+
+    async fn client(&self, credential: Credential) -> Result<Client, Error> {
+        let (text, roots) = self.roots()?;
+        let token = match &credential {
+            Credential::Token(path) => Some(path.clone()),
+            _ => None,
+        };
+        if let Some((same, of, client)) = &*self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+            && *same == text
+            && token.as_ref() == Some(of)
+        {
+            return Ok(client.clone());
+        }
+        let Authority { address, name, .. } = self.authority.clone();
+        let target = Target { address, roots, name, credential };
+        let client = Client::connect(target).await?;
+        if let Some(token) = token {
+            let kept = (text, token, client.clone());
+            *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        }
+        Ok(client)
+    }
+}
+
+/// The bundles as they change.
+pub struct Followed {
+    client: Client,
+    stream: Streaming<WatchBundlesResponse>,
+}
+
+impl Followed {
+    /// All bundles, anew; none when the authority has ended the stream.
+    pub async fn next(&mut self) -> Result<Option<WatchBundlesResponse>, Error> {
+        Ok(self.stream.message().await.map_err(|status| self.client.fault(&status))?)
+    }
+}
+
+/// What can be shown, in the order in which it is tried.
+fn credentials(wish: &Wish, held: Option<&Svid>) -> Vec<Credential> {
+    let Credentials { token, certificate } = &wish.credentials;
+    let mut all = Vec::new();
+    if let Some(folder) = certificate {
+        if let Some(svid) = held.filter(|svid| svid.not_after() > clock::now()) {
+            all.push(Credential::Held(svid.chain.clone(), svid.key.clone()));
+        }
+        all.push(Credential::Certificate(folder.clone()));
+    }
+    all.extend(token.clone().map(Credential::Token));
+    all
+}
+
+/// Whether another credential may fare better.
+fn is_of_credential(error: &Error) -> bool {
+    match error {
+        Error::Client(client::Error::Denied { denial, .. }) => {
+            matches!(denial.code, Code::Unauthenticated | Code::PermissionDenied)
+        }
+        Error::Client(
+            client::Error::Token { .. }
+            | client::Error::File(_)
+            | client::Error::Certificate { .. }
+            | client::Error::Tls { .. },
+        ) => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,210 @@
+//! Identities in folders, for programs that read files.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+use zeroize::Zeroizing;
+
+use super::held::{Bundles, Svid};
+use super::{Agent, Consumer};
+use crate::core::bundle::TrustBundle;
+use crate::core::certificate::Certificate;
+use crate::core::key::PrivateKey;
+use crate::core::plan::{self, CertificateSet};
+use crate::core::rotation::{renew_at, retry_after};
+use crate::core::spiffe::SpiffeId;
+use crate::sink::folder::Single;
+use crate::sink::{self, Found};
+use crate::sys::clock;
+use crate::sys::dir::Access;
+use crate::sys::process::{self, Signal};
+
+/// Damage is repaired this late.
+const LOOK: Duration = Duration::from_secs(3);
+/// Readers of the set before have this long to read what they have opened.
+const READERS: Duration = Duration::from_secs(1);
+
+/// How files are written, and who is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Of the files.
+    pub access: Access,
+    /// What chain, key and trust bundle are called, if not as Istio calls them.
+    pub names: Option<[String; 3]>,
+    /// After each change.
+    pub told: Option<Told>,
+}
+
+/// Who is told that files have changed.
+#[derive(Clone, Debug)]
+pub enum Told {
+    /// A program with its arguments, run without a shell.
+    Program(Vec<OsString>),
+    /// The process whose number a file holds.
+    Process(PathBuf, Signal),
+}
+
+/// The folder of one identity.
+pub struct Folder {
+    path: PathBuf,
+    options: Options,
+    single: Single,
+}
+
+impl Folder {
+    /// Opens the folder, or makes it.
+    pub fn open(path: PathBuf, options: Options) -> Result<Self, sink::Error> {
+        let single = Single::open(&path, options.access, options.names.clone())?;
+        Ok(Self { path, options, single })
+    }
+
+    /// Holds what is there already, if peers would take it, so that a start asks the authority for nothing that is not
+    /// due. `expected` is whose it has to be.
+    pub fn take_over(&self, agent: &Agent, expected: Option<&SpiffeId>) -> Option<SpiffeId> {
+        let shown = self.path.display();
+        let set = match self.single.read() {
+            Ok(Found::Set(found)) => found.set,
+            Ok(Found::Damaged(why)) => {
+                tracing::info!(folder = %shown, why, "what is in the folder cannot be taken over");
+                return None;
+            }
+            Ok(_) => return None,
+            Err(fault) => {
+                tracing::warn!(folder = %shown, %fault, "the folder cannot be read");
+                return None;
+            }
+        };
+        match read(&set, expected) {
+            Ok((svid, roots)) => {
+                tracing::info!(folder = %shown, identity = %svid.id, "certificate taken over");
+                let id = svid.id.clone();
+                agent.held.pin(&id);
+                agent.held.put_bundles(Bundles::new(id.trust_domain().clone(), roots));
+                agent.held.put(Arc::new(svid));
+                Some(id)
+            }
+            Err(why) => {
+                tracing::info!(folder = %shown, why, "what is in the folder is not taken over");
+                None
+            }
+        }
+    }
+
+    /// Writes one identity for ever. `None` is the agent's own, whoever that turns out to be.
+    pub async fn keep(mut self, agent: Arc<Agent>, id: Option<SpiffeId>) {
+        let id = match id {
+            Some(id) => id,
+            None => match agent.own().wait_for(Option::is_some).await.map(|own| own.clone()) {
+                Ok(Some(id)) => id,
+                _ => return,
+            },
+        };
+        let consumer = agent.holders.join(&id);
+        let (mut svid, mut bundles) = (agent.held.pin(&id), agent.held.bundles());
+        let mut written: Option<CertificateSet> = None;
+        let mut failures = 0;
+        loop {
+            let wanted = {
+                let (svid, bundles) = (svid.borrow_and_update(), bundles.borrow_and_update());
+                match (&*svid, &*bundles) {
+                    (Some(svid), Some(bundles)) => set_of(svid, bundles).map(|set| (set, bundles.clone())),
+                    _ => None,
+                }
+            };
+            let mut next = Instant::now() + LOOK;
+            if let Some((wanted, bundles)) = wanted {
+                match self.write(&wanted, &bundles, &consumer, written.as_ref()).await {
+                    Ok(()) => (written, failures) = (Some(wanted), 0),
+                    Err(fault) => {
+                        failures += 1;
+                        let wait = retry_after(failures, None, 0);
+                        tracing::error!(folder = %self.path.display(), %fault, "the files cannot be written");
+                        agent.metrics.file_failure();
+                        next = Instant::now() + wait;
+                    }
+                }
+            }
+            tokio::select! {
+                changed = svid.changed() => if changed.is_err() { return },
+                changed = bundles.changed() => if changed.is_err() { return },
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    /// Writes a set, unless it is there.
+    async fn write(
+        &mut self,
+        wanted: &CertificateSet,
+        bundles: &Bundles,
+        consumer: &Consumer,
+        written: Option<&CertificateSet>,
+    ) -> Result<(), sink::Error> {
+        if !self.single.is_in_its_place() {
+            self.single = Single::open(&self.path, self.options.access, self.options.names.clone())?;
+        }
+        let why = match self.single.read()? {
+            Found::Set(found) if found.set == *wanted && found.marked && found.loose.is_none() => None,
+            _ if written != Some(wanted) => Some("changed".to_owned()),
+            Found::Damaged(what) => Some(what),
+            Found::Set(found) => Some(found.loose.unwrap_or_else(|| "others have changed it".to_owned())),
+            _ => Some("it was gone".to_owned()),
+        };
+        let Some(why) = why else { return Ok(()) };
+        self.single.publish(wanted)?;
+        tracing::info!(folder = %self.path.display(), why, "files written");
+        if let Some(roots) = bundles.roots() {
+            consumer.given(&bundles.own, roots.digest());
+        }
+        if let Some(told) = &self.options.told
+            && let Err(fault) = tell(told).await
+        {
+            tracing::error!(fault, "the files have changed, and who is to be told was not");
+        }
+        tokio::time::sleep(READERS).await;
+        self.single.tidy()
+    }
+}
+
+async fn tell(told: &Told) -> Result<(), String> {
+    match told {
+        Told::Program(words) => match words.split_first() {
+            Some((program, arguments)) => process::run(program, arguments).await,
+            None => Ok(()),
+        },
+        Told::Process(file, signal) => process::signal(file, *signal),
+    }
+}
+
+fn set_of(svid: &Svid, bundles: &Bundles) -> Option<CertificateSet> {
+    let roots = bundles.domains.get(svid.id.trust_domain())?.x509.as_ref()?;
+    Some(CertificateSet {
+        chain_pem: svid.chain.iter().map(Certificate::to_pem).collect(),
+        key_pem: svid.key.to_pem(),
+        roots_pem: roots.pem().clone(),
+    })
+}
+
+fn read(set: &CertificateSet, expected: Option<&SpiffeId>) -> Result<(Svid, TrustBundle), String> {
+    let roots = TrustBundle::from_pem(set.roots_pem.as_bytes()).map_err(|fault| fault.to_string())?;
+    let chain = Certificate::all_from_pem(set.chain_pem.as_bytes()).map_err(|fault| fault.to_string())?;
+    let leaf = chain.first().ok_or("there is no certificate")?;
+    let id = leaf.spiffe_id().map_err(|fault| fault.to_string())?;
+    let now = clock::now();
+    if expected.is_some_and(|expected| *expected != id) {
+        return Err(format!("it is of {id}"));
+    }
+    // Its roots may be written another way than Mica's own.
+    let normal = CertificateSet {
+        chain_pem: set.chain_pem.clone(),
+        key_pem: Zeroizing::new(set.key_pem.to_string()),
+        roots_pem: roots.pem().clone(),
+    };
+    plan::judge(&normal, &id, &roots, now)?;
+    let key = PrivateKey::from_pem(set.key_pem.as_bytes(), None, None).map_err(|fault| fault.to_string())?;
+    let renew_at = renew_at(leaf.validity, &leaf.serial);
+    Ok((Svid { id, chain, key: Arc::new(key), renew_at }, roots))
+}

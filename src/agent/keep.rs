@@ -1,0 +1,380 @@
+//! The loop that keeps what is held fresh. It goes by the wall clock, on which certificates end, and looks at it every
+//! few seconds, so that a clock that is set and a machine that slept are noticed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::pending;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::ask::{Credentials, Error};
+use super::held::{Authorities, Bundles, Svid};
+use super::{Agent, Wish, Wishes};
+use crate::client;
+use crate::core::bundle::TrustBundle;
+use crate::core::certificate::Certificate;
+use crate::core::inspect::one_line;
+use crate::core::lifetime::shown;
+use crate::core::rotation::retry_after;
+use crate::core::spiffe::{SpiffeId, TrustDomain};
+use crate::core::{chain, granted};
+use crate::proto::mica::v1::{Bundle, WatchBundlesResponse};
+use crate::sys::{clock, files, keys};
+
+/// So many requests are under way at once, as proxies of a node have it.
+const AT_ONCE: usize = 8;
+/// A request that takes longer has failed.
+const ANSWER: Duration = Duration::from_secs(45);
+/// A clock that was set, or a machine that slept, is noticed this late.
+const LOOK: Duration = Duration::from_secs(5);
+/// And credentials that were changed, as long as something waits for them.
+const LOOK_AT_FILES: Duration = Duration::from_secs(1);
+/// What the authority wants renewed early is renewed within this time.
+const SPREAD: Duration = Duration::from_secs(300);
+
+/// Keeps all identities that are wanted, for ever.
+pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeId>) {
+    let (hint, mut hints) = watch::channel(None);
+    let mut keeper = Keeper { agent: agent.clone(), entries: HashMap::new(), tasks: JoinSet::new(), hint };
+    if agent.wishes.own.is_some() {
+        keeper.begin(agent.own.borrow().clone());
+    }
+    let mut bundles = agent.held.bundles();
+    let mut follow = tokio::spawn(follow_bundles(agent.clone(), keeper.hint.clone()));
+    let mut files = Files::default();
+    loop {
+        let wait = keeper.ask_for_what_is_due();
+        let failing = keeper.entries.values().any(|entry| entry.failures > 0);
+        let wait = wait.min(if failing { LOOK_AT_FILES } else { LOOK });
+        tokio::select! {
+            Some(ended) = keeper.tasks.join_next(), if !keeper.tasks.is_empty() => match ended {
+                Ok((key, outcome)) => keeper.settle(key, outcome),
+                Err(fault) => tracing::error!(%fault, "a request ended by itself"),
+            },
+            Some(id) = wanted.recv() => keeper.begin(Some(id)),
+            Ok(()) = bundles.changed() => keeper.judge_again(),
+            Ok(()) = hints.changed() => {
+                let before = *hints.borrow_and_update();
+                keeper.hurry(before);
+            }
+            // Only a panic ends it.
+            _ = &mut follow => {
+                tracing::error!("following the bundles ended by itself");
+                follow = tokio::spawn(pending());
+            }
+            () = sleep(wait) => {
+                if failing && files.changed(&agent.wishes) {
+                    keeper.try_failed_now();
+                }
+            }
+        }
+    }
+}
+
+type Key = Option<SpiffeId>;
+type Outcome = Result<(Svid, TrustBundle), Error>;
+
+/// One identity that is kept.
+struct Entry {
+    /// When it is asked for next.
+    due: OffsetDateTime,
+    failures: u32,
+    asked: bool,
+    svid: Option<Arc<Svid>>,
+}
+
+struct Keeper {
+    agent: Arc<Agent>,
+    /// None is the agent's own identity, as long as nobody knows it.
+    entries: HashMap<Key, Entry>,
+    tasks: JoinSet<(Key, Outcome)>,
+    /// What was issued before is to be renewed early.
+    hint: watch::Sender<Option<OffsetDateTime>>,
+}
+
+impl Keeper {
+    fn begin(&mut self, key: Key) {
+        let svid = key.as_ref().and_then(|id| self.agent.held.current(id)).flatten();
+        let now = clock::now();
+        let due = svid.as_ref().map_or(now, |svid| svid.renew_at);
+        self.entries.entry(key).or_insert(Entry { due, failures: 0, asked: false, svid });
+    }
+
+    /// Sends what can be sent, and says how long nothing else is due.
+    fn ask_for_what_is_due(&mut self) -> Duration {
+        let now = clock::now();
+        let mut wait = LOOK;
+        let mut due: Vec<(OffsetDateTime, Key)> = Vec::new();
+        for (key, entry) in &self.entries {
+            match (entry.due - now).try_into() {
+                _ if entry.asked => {}
+                Ok(left) if left > Duration::ZERO => wait = wait.min(left),
+                _ => due.push((entry.due, key.clone())),
+            }
+        }
+        let places = AT_ONCE.saturating_sub(self.tasks.len());
+        if due.len() > places {
+            due.sort();
+        }
+        for (_, key) in due.into_iter().take(places) {
+            self.ask(key);
+        }
+        wait
+    }
+
+    fn ask(&mut self, key: Key) {
+        let wish = match &key {
+            // Wanted by nobody any more.
+            Some(id) if self.agent.held.current(id).is_none() => {
+                self.entries.remove(&key);
+                tracing::info!(identity = %id, "identity is not wanted any more");
+                return;
+            }
+            Some(id) => self.agent.wish(id),
+            None => self.agent.own_wish(),
+        };
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        entry.asked = true;
+        let (agent, held) = (self.agent.clone(), entry.svid.clone());
+        self.tasks.spawn(async move { (key, obtain(&agent, &wish, held.as_deref()).await) });
+    }
+
+    fn settle(&mut self, key: Key, outcome: Outcome) {
+        let now = clock::now();
+        let Some(mut entry) = self.entries.remove(&key) else { return };
+        entry.asked = false;
+        let (svid, bundle) = match outcome {
+            Ok(got) => got,
+            Err(error) => {
+                entry.failures = entry.failures.saturating_add(1);
+                let left = entry.svid.as_ref().and_then(|svid| (svid.not_after() - now).try_into().ok());
+                let wait = retry_after(entry.failures, left, draw());
+                entry.due = now + wait;
+                let identity = key.as_ref().map_or("the agent's own", SpiffeId::as_str);
+                let held_for = left.map_or(0, |left| left.as_secs());
+                tracing::warn!(
+                    identity,
+                    fault = %error,
+                    retry_after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                    held_for,
+                    "certificate not obtained"
+                );
+                self.agent.metrics.failed(error.reason());
+                self.entries.insert(key, entry);
+                return;
+            }
+        };
+        let svid = Arc::new(svid);
+        entry.failures = 0;
+        entry.due = svid.renew_at;
+        entry.svid = Some(svid.clone());
+        let leaf = &svid.chain[0];
+        tracing::info!(
+            identity = %svid.id,
+            serial = %leaf.serial_text(),
+            not_after = %shown(svid.not_after()),
+            renew_at = %shown(svid.renew_at),
+            "certificate obtained"
+        );
+        self.agent.metrics.obtained();
+        // The bundle first: whoever sees the certificate may look for it at once.
+        self.take_own_bundle(svid.id.trust_domain(), bundle);
+        if key.is_none() {
+            self.agent.own.send_replace(Some(svid.id.clone()));
+            self.agent.held.pin(&svid.id);
+        }
+        self.agent.held.put(svid.clone());
+        self.entries.insert(Some(svid.id.clone()), entry);
+    }
+
+    /// The roots that came with a certificate. What else is known of other trust domains stays.
+    fn take_own_bundle(&self, domain: &TrustDomain, x509: TrustBundle) {
+        let held = self.agent.held.bundles().borrow().clone();
+        let bundles = match held.as_deref() {
+            Some(held) if held.own == *domain => {
+                let mut bundles = held.clone();
+                let authorities =
+                    bundles.domains.entry(domain.clone()).or_insert(Authorities { x509: None, jwt: None });
+                if authorities.x509.as_ref().is_none_or(|known| !known.same_roots(&x509)) {
+                    authorities.x509 = Some(x509);
+                }
+                bundles
+            }
+            _ => Bundles::new(domain.clone(), x509),
+        };
+        self.agent.held.put_bundles(bundles);
+    }
+
+    /// What peers refuse that hold the roots as they are now is replaced at once.
+    fn judge_again(&mut self) {
+        let Some(bundles) = self.agent.held.bundles().borrow().clone() else { return };
+        let Some(roots) = bundles.roots() else { return };
+        let now = clock::now();
+        for (key, entry) in &mut self.entries {
+            let Some(svid) = &entry.svid else { continue };
+            let refused = chain::verify(&svid.chain, roots, Some(&svid.id), now).is_err();
+            if refused && entry.failures == 0 && entry.due > now && svid.not_after() > now {
+                tracing::warn!(identity = ?key, "the roots have changed: the certificate is renewed at once");
+                entry.due = now;
+            }
+        }
+    }
+
+    fn hurry(&mut self, issued_before: Option<OffsetDateTime>) {
+        let Some(before) = issued_before else { return };
+        let now = clock::now();
+        for entry in self.entries.values_mut() {
+            let Some(svid) = &entry.svid else { continue };
+            if svid.chain[0].validity.issued_at() < before {
+                let left = (svid.not_after() - now).try_into().unwrap_or(Duration::ZERO);
+                let within = SPREAD.min(left / 4).as_secs_f64();
+                #[expect(clippy::cast_precision_loss, reason = "a random moment needs no precision")]
+                let fraction = draw() as f64 / u64::MAX as f64;
+                entry.due = entry.due.min(now + Duration::from_secs_f64(within * fraction));
+            }
+        }
+    }
+
+    fn try_failed_now(&mut self) {
+        let now = clock::now();
+        for entry in self.entries.values_mut().filter(|entry| entry.failures > 0 && !entry.asked) {
+            (entry.due, entry.failures) = (now, 1);
+        }
+    }
+}
+
+async fn obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>) -> Outcome {
+    let begun = tokio::time::Instant::now();
+    let outcome = timeout(ANSWER, agent.asker.certificate(wish, held)).await.unwrap_or_else(|_| {
+        Err(Error::Client(client::Error::Slow {
+            address: agent.asker.address(),
+            what: "answer",
+            within: ANSWER,
+        }))
+    });
+    agent.metrics.asked(begun.elapsed());
+    let (svid, bundle) = outcome?;
+    // Peers may know the roots better than the authority that answered.
+    let known = agent.held.bundles().borrow().clone();
+    if agent.bundles_live.load(Ordering::Relaxed)
+        && let Some(roots) = known.as_deref().and_then(Bundles::roots)
+    {
+        granted::accepted_by(&svid.chain, &svid.id, roots, clock::now())
+            .map_err(|fault| Error::Answer { address: agent.asker.address(), fault })?;
+    }
+    Ok((svid, bundle))
+}
+
+/// Follows the authority's bundles as they change. An authority that tells of none, as Istio's, is asked again rarely.
+async fn follow_bundles(agent: Arc<Agent>, hint: watch::Sender<Option<OffsetDateTime>>) {
+    const ASK_AGAIN: Duration = Duration::from_secs(600);
+    let mut failures = 0;
+    loop {
+        let wish = agent.own_wish();
+        let held = wish.id.as_ref().and_then(|id| agent.held.current(id)).flatten();
+        let error = match agent.asker.bundles(&wish, held.as_deref()).await {
+            Ok(mut stream) => loop {
+                match stream.next().await {
+                    Ok(Some(told)) => {
+                        failures = 0;
+                        agent.bundles_live.store(true, Ordering::Relaxed);
+                        take_bundles(&agent, told, &hint);
+                    }
+                    Ok(None) => break None,
+                    Err(error) => break Some(error),
+                }
+            },
+            Err(error) => Some(error),
+        };
+        agent.bundles_live.store(false, Ordering::Relaxed);
+        failures += 1;
+        let mut wait = retry_after(failures, None, draw());
+        if let Some(error) = error {
+            if matches!(&error, Error::Client(client::Error::Denied { denial, .. }) if denial.code == tonic::Code::Unimplemented)
+            {
+                tracing::info!("the authority tells of bundles with certificates alone");
+                wait = ASK_AGAIN;
+            } else {
+                tracing::debug!(fault = %error, "bundles cannot be followed");
+            }
+        }
+        sleep(wait).await;
+    }
+}
+
+fn take_bundles(agent: &Agent, told: WatchBundlesResponse, hint: &watch::Sender<Option<OffsetDateTime>>) {
+    let mut domains = BTreeMap::new();
+    let mut own = None;
+    for bundle in told.bundles {
+        match read_bundle(&bundle) {
+            Ok((domain, authorities)) => {
+                own.get_or_insert_with(|| domain.clone());
+                domains.insert(domain, authorities);
+            }
+            Err(fault) => {
+                let domain = one_line(&bundle.trust_domain);
+                tracing::warn!(domain, fault, "a bundle that cannot be read is not taken, nor any with it");
+                return;
+            }
+        }
+    }
+    let Some(own) = own else { return };
+    if domains.get(&own).is_none_or(|authorities| authorities.x509.is_none()) {
+        tracing::warn!(domain = %own, "the authority told of no roots of its own; those before stay");
+        return;
+    }
+    agent.held.put_bundles(Bundles { own, domains });
+    let before = told.renew_issued_before.and_then(|at| OffsetDateTime::from_unix_timestamp(at.seconds).ok());
+    hint.send_if_modified(|known| std::mem::replace(known, before) != before);
+}
+
+fn read_bundle(bundle: &Bundle) -> Result<(TrustDomain, Authorities), String> {
+    let domain = TrustDomain::parse(&bundle.trust_domain).map_err(|fault| fault.to_string())?;
+    let roots = bundle.x509_authorities.iter().map(|der| Certificate::from_der(der));
+    let roots = roots.collect::<Result<Vec<_>, _>>().map_err(|fault| fault.to_string())?;
+    let x509 = match roots.is_empty() {
+        true => None,
+        false => {
+            let mut x509 = TrustBundle::new(roots).map_err(|fault| fault.to_string())?;
+            x509.sequence = Some(bundle.sequence).filter(|sequence| *sequence != 0);
+            x509.refresh_hint = bundle.refresh_hint.and_then(|hint| u64::try_from(hint.seconds).ok());
+            Some(x509)
+        }
+    };
+    let jwt = match &bundle.jwt_authorities[..] {
+        [] => None,
+        json => Some(std::str::from_utf8(json).map_err(|_| "its keys are not text".to_owned())?.into()),
+    };
+    Ok((domain, Authorities { x509, jwt }))
+}
+
+/// A random fraction of 2^64; a machine without randomness spreads nothing.
+fn draw() -> u64 {
+    keys::random_bytes::<8>().map_or(0, u64::from_ne_bytes)
+}
+
+/// The files that credentials are in, to notice that one was changed.
+#[derive(Default)]
+struct Files(Option<Vec<Option<u64>>>);
+
+impl Files {
+    fn changed(&mut self, wishes: &Wishes) -> bool {
+        let all = std::iter::once(&wishes.credentials).chain(wishes.others.values());
+        let now: Vec<Option<u64>> = all.flat_map(paths).map(|path| files::stamp(&path)).collect();
+        let changed = self.0.as_ref().is_some_and(|before| *before != now);
+        self.0 = Some(now);
+        changed
+    }
+}
+
+fn paths(credentials: &Credentials) -> Vec<std::path::PathBuf> {
+    let Credentials { token, certificate } = credentials;
+    let chain = certificate.as_deref().map(|folder: &Path| folder.join("cert-chain.pem"));
+    token.iter().cloned().chain(chain).collect()
+}

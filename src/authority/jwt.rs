@@ -1,0 +1,240 @@
+//! JWT-SVIDs: the same door, with keys of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::time::sleep;
+
+use super::{Authority, Bundles, Cause};
+use crate::core::jwt_svid::{self, Audience, Claims};
+use crate::core::key;
+use crate::core::keyring::{KIND, Keyring};
+use crate::core::lifetime::Lifetime;
+use crate::core::spiffe::SpiffeId;
+use crate::store::KeyringStore;
+use crate::sys::{clock, keys};
+
+/// What others have changed, and whether a key is due, is looked for this often.
+const LOOK: Duration = Duration::from_secs(10);
+/// Somebody else writes between reading and writing so many times at most, before the next look.
+const TRIES: usize = 4;
+
+/// What is ordered.
+#[derive(Clone, Copy, Debug)]
+pub struct JwtOrder<'a> {
+    /// Whom the token names.
+    pub id: &'a SpiffeId,
+    /// Whom it is for.
+    pub audience: &'a Audience,
+    /// How long it is good.
+    pub lifetime: Lifetime,
+}
+
+/// A token, and until when it is good.
+pub struct JwtGrant {
+    /// JWS compact serialization.
+    pub token: String,
+    /// The first second at which it is not good any more.
+    pub expires: OffsetDateTime,
+}
+
+impl std::fmt::Debug for JwtGrant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a token until {}", self.expires)
+    }
+}
+
+/// Why no token was issued.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum JwtError {
+    /// There are no keys yet, or no more.
+    #[error("there is no key for JWT-SVIDs now")]
+    NoKey,
+    /// No name for the token.
+    #[error(transparent)]
+    Keys(#[from] keys::Error),
+    /// The key would not sign.
+    #[error(transparent)]
+    Key(#[from] key::Error),
+}
+
+impl JwtError {
+    /// What [`JwtError::reason`] can be.
+    pub(super) const REASONS: [&'static str; 3] = ["no_key", "no_randomness", "signing"];
+
+    /// A short fixed name.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoKey => "no_key",
+            Self::Keys(_) => "no_randomness",
+            Self::Key(_) => "signing",
+        }
+    }
+}
+
+/// Why a key was not made.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Keys(#[from] keys::Error),
+    #[error(transparent)]
+    Key(#[from] key::Error),
+    #[error("{0}")]
+    Store(String),
+}
+
+impl Authority {
+    /// The one door, for tokens. The log has all of one but itself.
+    pub fn issue_jwt(
+        &self,
+        order: &JwtOrder<'_>,
+        now: OffsetDateTime,
+        cause: &Cause<'_>,
+    ) -> Result<JwtGrant, JwtError> {
+        let issued = self.sign_jwt(order, now);
+        let (grant, kid, jti) = issued.inspect_err(|e| self.metrics.token_failed(e.reason()))?;
+        self.metrics.token_issued();
+        let Cause { why, authenticator, source, trace } = cause;
+        tracing::info!(
+            identity = %order.id,
+            kid,
+            jti,
+            audiences = order.audience.count(),
+            expires = grant.expires.format(&Rfc3339).unwrap_or_default(),
+            why,
+            authenticator,
+            source = source.map(tracing::field::display),
+            trace,
+            "JWT-SVID issued"
+        );
+        Ok(grant)
+    }
+
+    fn sign_jwt(
+        &self,
+        order: &JwtOrder<'_>,
+        now: OffsetDateTime,
+    ) -> Result<(JwtGrant, String, String), JwtError> {
+        let keyring = self.keyring.load_full();
+        let key = keyring.as_ref().and_then(|keyring| keyring.active(now)).ok_or(JwtError::NoKey)?;
+        let jti = jwt_svid::jti(keys::random_bytes()?);
+        // A key outlives the longest of its tokens, so no bound of its own is needed here.
+        let lifetime = order.lifetime.min(jwt_svid::LONGEST);
+        let claims = Claims { id: order.id, audience: order.audience, now, lifetime, jti: &jti };
+        let token = jwt_svid::token(key.signing(), key.kid(), &claims)?;
+        Ok((JwtGrant { token, expires: claims.expires() }, key.kid().to_owned(), jti))
+    }
+
+    /// The number that was last published; 0 if there was none.
+    fn sequence(&self) -> u64 {
+        self.bundles.borrow().own.as_ref().and_then(|own| own.sequence).unwrap_or(0)
+    }
+
+    /// Publishes what is kept, unless it is older than what was published, or numbered with other roots.
+    fn take(&self, keyring: Option<Keyring>) {
+        let floor = self.sequence();
+        let Some(keyring) = keyring else { return };
+        let Some(own) = keyring.bundle(self.issuer().bundle()) else {
+            return tracing::debug!(
+                sequence = keyring.sequence(),
+                "the trust bundle of this number is of other roots"
+            );
+        };
+        if keyring.sequence() < floor {
+            return tracing::debug!(
+                sequence = keyring.sequence(),
+                floor,
+                "the number of the trust bundle is an older one"
+            );
+        }
+        if keyring.sequence() == floor && self.keyring.load().is_some() {
+            return;
+        }
+        // Published before it signs.
+        self.bundles.send_modify(|bundles| {
+            *bundles = Arc::new(Bundles { own: Some(Arc::new(own)), ..Bundles::clone(bundles) });
+        });
+        self.keyring.store(Some(Arc::new(keyring)));
+    }
+}
+
+/// Keeps the keys of JWT-SVIDs, and the number of the bundle that they are published in.
+pub struct Keeper<S> {
+    authority: Arc<Authority>,
+    store: S,
+    /// Whether this process led when it last looked.
+    leads: bool,
+    /// What was last said to be wrong.
+    fault: Option<String>,
+}
+
+impl<S: KeyringStore> Keeper<S> {
+    /// Nothing is done before the first look.
+    pub fn new(authority: Arc<Authority>, store: S) -> Self {
+        Self { authority, store, leads: false, fault: None }
+    }
+
+    /// Looks for ever.
+    pub async fn keep(mut self) {
+        loop {
+            self.look().await;
+            tokio::select! {
+                () = sleep(LOOK) => {}
+                () = self.authority.replaced.notified() => {}
+            }
+        }
+    }
+
+    /// Takes what others have changed, and changes what is due.
+    pub async fn look(&mut self) {
+        match self.turn().await.map_err(|fault| fault.to_string()) {
+            Ok(()) if self.fault.take().is_some() => tracing::info!("the keys of JWT-SVIDs are kept again"),
+            Ok(()) => {}
+            Err(fault) if self.fault.as_ref() == Some(&fault) => {}
+            Err(fault) => {
+                tracing::error!(fault, "the keys of JWT-SVIDs cannot be kept; trying again");
+                self.fault = Some(fault);
+            }
+        }
+    }
+
+    async fn turn(&mut self) -> Result<(), Fault> {
+        for _ in 0..TRIES {
+            let before = self.store.read().await.map_err(Fault::Store)?;
+            let leads = self.store.leads();
+            let issuer = self.authority.issuer();
+            let floor = self.authority.sequence();
+            if before.is_some() && !leads {
+                self.leads = false;
+                self.authority.take(before);
+                return Ok(());
+            }
+            // What is found may have been restored from a backup: others have seen greater numbers then.
+            let begins = before.is_some() && !self.leads;
+            let fresh = || keys::generate(KIND).map_err(Fault::from);
+            let next = Keyring::next(before.as_ref(), issuer.bundle(), clock::now(), floor, begins, fresh)?;
+            let Some(next) = next else {
+                self.authority.take(before);
+                return Ok(());
+            };
+            match self.store.write(&next).await {
+                Ok(true) => {
+                    self.leads = leads;
+                    let (sequence, keys) = (next.sequence(), next.keys().len());
+                    tracing::info!(sequence, keys, "the trust bundle has a new number");
+                    self.authority.take(Some(next));
+                    return Ok(());
+                }
+                Ok(false) => {}
+                // What is there is better than nothing.
+                Err(fault) => {
+                    self.authority.take(before);
+                    return Err(Fault::Store(fault));
+                }
+            }
+        }
+        Err(Fault::Store("somebody else keeps on changing them".to_owned()))
+    }
+}
