@@ -203,14 +203,14 @@ fn follow_cluster(
             trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),
             own,
         };
+        let keeper = Keeper::new(authority.clone(), ClusterKeyring::new(&cluster, leadership.clone()));
+        tasks.spawn(until(stopping(stopped), keeper.keep()));
         if let Some(webhook) = args.inject_webhook() {
             let door = authority.clone();
             let current = Box::new(move || door.issuer().bundle().clone());
             let trust = Arc::new(WebhookTrust::new(&cluster, webhook, current, leadership.clone()));
             tasks.spawn(until(stopping(stopped), async move { trust.run().await }));
         }
-        let keeper = Keeper::new(authority.clone(), ClusterKeyring::new(&cluster, leadership.clone()));
-        tasks.spawn(until(stopping(stopped), keeper.keep()));
         let door = authority.clone();
         let current = Box::new(move || door.issuer().bundle().clone());
         let roots = Arc::new(Roots::new(

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::injection::injected;
 use super::node::{Door, Node};
 use super::pods::{account, confined, namespace, restricted};
-use crate::envoy::{self, Admin, Load};
+use crate::envoy::{self, Admin, Load, Secrets};
 use crate::parts;
 use crate::serve::wait_for;
 
@@ -132,7 +132,7 @@ impl<'a> Sidecars<'a> {
 }
 
 fn settings(own: &str, peer: &str) -> Value {
-    let (work, certificates) = (Path::new(SETTINGS), Path::new(CERTIFICATES));
+    let (work, certificates) = (Secrets::Files(Path::new(SETTINGS)), Path::new(CERTIFICATES));
     let identity = format!("spiffe://cluster.local/ns/{NAMESPACE}/sa/{peer}");
     let address = envoy::socket(&format!("{peer}.{NAMESPACE}.svc.cluster.local"), MUTUAL_TLS);
     let bootstrap = json!({
@@ -140,10 +140,10 @@ fn settings(own: &str, peer: &str) -> Value {
         "admin": {"address": envoy::socket("0.0.0.0", ADMIN)},
         "static_resources": {
             "listeners": [
-                envoy::inbound(&envoy::socket("0.0.0.0", MUTUAL_TLS), work, &identity),
+                envoy::inbound(&envoy::socket("0.0.0.0", MUTUAL_TLS), &work, &identity),
                 envoy::outbound(&envoy::socket("0.0.0.0", PLAIN)),
             ],
-            "clusters": [envoy::peer("STRICT_DNS", &address, work, &identity)],
+            "clusters": [envoy::peer("STRICT_DNS", &address, &work, &identity)],
         },
     });
     json!({
