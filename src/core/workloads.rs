@@ -111,12 +111,14 @@ impl Workloads {
             if let (Some(hint), Some(place)) = (hint, &entry.hint)
                 && let Some(other) = hints.insert(hint.clone(), identity.clone()).filter(|it| it != identity)
             {
-                let reason = format!("the hint {hint:?} stands for {other} already, and a workload may be both");
+                let reason =
+                    format!("the hint {hint:?} stands for {other} already, and a workload may be both");
                 return Err(Error::at(place, reason));
             }
             let before = credentials.insert(identity.clone(), given.clone());
             if before.is_some_and(|before| before != *given) {
-                let reason = format!("{identity} has other credentials above; give each of its entries the same");
+                let reason =
+                    format!("{identity} has other credentials above; give each of its entries the same");
                 return Err(Error::at(&entry.identity, reason));
             }
             all.push(workload);
@@ -184,7 +186,10 @@ pub fn unit(control_groups: &str) -> Option<&str> {
 fn hint(hint: &Spanned<String>) -> Result<String, Error> {
     let text = &hint.value;
     if text.is_empty() || text.len() > LONGEST_HINT {
-        return Err(Error::at(hint, format!("a hint has 1 to {LONGEST_HINT} bytes, and this one {}", text.len())));
+        return Err(Error::at(
+            hint,
+            format!("a hint has 1 to {LONGEST_HINT} bytes, and this one {}", text.len()),
+        ));
     }
     Ok(text.clone())
 }
@@ -204,7 +209,8 @@ fn criteria(matching: &Spanned<Criteria>) -> Result<Match, Error> {
     if let Some(unit) = unit
         && !(unit.value.ends_with(".service") || unit.value.ends_with(".scope"))
     {
-        let reason = format!("the unit {:?} is no service or scope; name it whole, such as web.service", unit.value);
+        let reason =
+            format!("the unit {:?} is no service or scope; name it whole, such as web.service", unit.value);
         return Err(Error::at(unit, reason));
     }
     Ok(Match {
@@ -257,13 +263,18 @@ workloads:
             (Facts { uid: 1001, binary: web, ..Facts::default() }, &[]),
             (Facts { uid: 0, unit: Some("web.service"), ..Facts::default() }, &["web"]),
             (Facts { uid: 0, unit: Some("web2.service"), ..Facts::default() }, &[]),
-            (Facts { uid: 1000, gid: 50, binary: web, unit: Some("web.service") }, &["web internal", "batch", "all external"]),
+            (
+                Facts { uid: 1000, gid: 50, binary: web, unit: Some("web.service") },
+                &["web internal", "batch", "all external"],
+            ),
             (Facts { uid: 1, binary: Some(Path::new("/usr/bin/web2")), ..Facts::default() }, &[]),
         ] {
             let found: Vec<String> = workloads
                 .of(&facts)
                 .into_iter()
-                .map(|(id, hint)| format!("{} {}", &id.path()[1..], hint.unwrap_or_default()).trim().to_owned())
+                .map(|(id, hint)| {
+                    format!("{} {}", &id.path()[1..], hint.unwrap_or_default()).trim().to_owned()
+                })
                 .collect();
             assert_eq!(found, wanted, "{facts:?}");
         }
@@ -294,8 +305,16 @@ workloads:
             (entry("  match: { uid: 1 }\n  tokenFile: token\n"), Some(4), "absolute"),
             (entry("  match: { uid: 1 }\n  token: /a\n"), Some(4), "token"),
             (entry("  match: { uid: 1 }\n  match: { uid: 2 }\n"), Some(4), "match"),
-            ("workloads:\n- identity: spiffe://example.org\n  match: { uid: 1 }\n".to_owned(), Some(2), "identity"),
-            ("workloads:\n- identity: https://example.org/a\n  match: { uid: 1 }\n".to_owned(), Some(2), "identity"),
+            (
+                "workloads:\n- identity: spiffe://example.org\n  match: { uid: 1 }\n".to_owned(),
+                Some(2),
+                "identity",
+            ),
+            (
+                "workloads:\n- identity: https://example.org/a\n  match: { uid: 1 }\n".to_owned(),
+                Some(2),
+                "identity",
+            ),
             (FILE.replace("external", "internal"), Some(13), "stands for"),
             (FILE.replacen("service }", "service }\n  tokenFile: /x", 1), Some(6), "other credentials"),
         ] {
@@ -318,7 +337,10 @@ workloads:
             ("0::/init.scope\n", Some("init.scope")),
             ("0::/user.slice/user-1000.slice/session-3.scope\n", Some("session-3.scope")),
             // What a user calls its units is no unit of the system.
-            ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/web.service", Some("user@1000.service")),
+            (
+                "0::/user.slice/user-1000.slice/user@1000.service/app.slice/web.service",
+                Some("user@1000.service"),
+            ),
             ("12:cpu:/system.slice\n1:name=systemd:/system.slice/web.service\n0::/\n", Some("web.service")),
             ("1:name=systemd:/\n0::/system.slice/web.service\n", Some("web.service")),
             ("12:cpu:/system.slice/web.service\n0::/\n", None),
