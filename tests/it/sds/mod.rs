@@ -54,12 +54,8 @@ impl Ca {
     }
 
     fn issue(&self, id: &str) -> Arc<Svid> {
-        self.issue_for(id, KeyKind::P256)
-    }
-
-    fn issue_for(&self, id: &str, kind: KeyKind) -> Arc<Svid> {
         let id = SpiffeId::parse(id).unwrap();
-        let key = keys::generate(kind).unwrap();
+        let key = keys::generate(KeyKind::P256).unwrap();
         let order = Order {
             profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: key.public(),
