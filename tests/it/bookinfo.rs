@@ -130,8 +130,8 @@ fn bookinfo_runs_as_processes_under_mutual_tls() {
     let bookinfo = Bookinfo::start(&["--network", &network]);
     assert_as_shown(bookinfo.said.iter().map(String::as_str));
     let processes = bookinfo.processes();
-    // An authority, six services with an Envoy each, Zipkin, Prometheus.
-    assert_eq!(processes.len(), 15, "{processes:?}");
+    // An authority, six services with an agent and an Envoy each, Zipkin, Prometheus.
+    assert_eq!(processes.len(), 21, "{processes:?}");
 
     // One that lets in whom it should not is found out.
     let callers = bookinfo.path("sidecars/ratings/callers");

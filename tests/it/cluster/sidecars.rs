@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::injection::injected;
 use super::node::{Door, Node};
 use super::pods::{account, confined, namespace, restricted};
 use crate::envoy::{self, Admin, Load, Secrets};
@@ -155,8 +156,9 @@ fn settings(own: &str, peer: &str) -> Value {
     })
 }
 
+/// As somebody writes it who leaves certificates to `mica inject`.
 fn deployment(name: &str) -> Value {
-    json!({
+    let deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"namespace": NAMESPACE, "name": name},
         "spec": {
             "selector": {"matchLabels": {"app": name}},
@@ -174,17 +176,16 @@ fn deployment(name: &str) -> Value {
                         "securityContext": confined(),
                         "volumeMounts": [
                             {"name": "settings", "mountPath": SETTINGS},
-                            {"name": "certificates", "mountPath": CERTIFICATES, "readOnly": true},
                         ],
                     }],
                     "volumes": [
                         {"name": "settings", "configMap": {"name": name}},
-                        {"name": "certificates", "secret": {"secretName": format!("istio.{name}"), "defaultMode": 0o440}},
                     ],
                 },
             },
         },
-    })
+    });
+    serde_json::from_str(&injected(&deployment.to_string(), &["--container", "envoy"])).unwrap()
 }
 
 fn service(name: &str) -> Value {
