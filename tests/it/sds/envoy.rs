@@ -1,7 +1,8 @@
 //! Real Envoys that take their certificates and roots from the agent's socket.
 
+use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use serde_json::Value;
 
 use super::{Ca, OTHER, OWN, Served, WEB, entitled, soon};
 use crate::agent::{self, Agent};
+use crate::docs;
 use crate::envoy::{self, Envoy, Load, Mesh, Secrets};
 use crate::parts;
 use crate::serve::{Place, wait_for};
@@ -266,6 +268,42 @@ fn a_certificate_comes_late_and_envoy_has_waited() {
         });
         assert_eq!(late.get().unwrap(), 200);
     }
+}
+
+/// As its head and the document say, but for the port and the data folder's place.
+#[test]
+fn the_envoy_of_the_example_lets_in_productpage_alone() {
+    let example = docs::read("examples/envoy-sds/server.yaml");
+    let document = docs::read("docs/sds.md");
+    let shown = document.split_once("```yaml\n").unwrap().1.split_once("```").unwrap().0;
+    assert!(example.contains(shown));
+    let place = Place::new();
+    let home = place.root.path();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
+    command.arg("serve").arg(docs::checkout().join("examples/bookinfo")).arg("--data-dir").arg(place.data());
+    command.args(["--trial-tokens", "--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]);
+    let mica = place.start_command(command.stdin(Stdio::null()));
+    let token = agent::token(&place, "bookinfo/reviews-v1");
+    let mut command = agent::command(&place, &mica);
+    command.arg("--token-file").arg(token).args(["--socket", "./agent.sock"]).current_dir(home);
+    let agent = agent::start(&place, "agent", &mut command);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    fs::write(home.join("server.yaml"), example.replace("8443", &port.to_string())).unwrap();
+    let envoy = Command::new(parts::envoy())
+        .args(["-c", "server.yaml", "--disable-hot-restart", "--concurrency", "1"])
+        .current_dir(home)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(home.join("envoy.log")).unwrap())
+        .spawn()
+        .unwrap();
+    let _envoy = docs::Running(envoy);
+    wait_for(Duration::from_secs(10), "an answer of Envoy's", || {
+        docs::ask(&place, port, "productpage").ends_with("hello from reviews-v1\n").then_some(())
+    });
+    assert_eq!(docs::ask(&place, port, "ratings"), "");
+    agent.stop();
+    mica.stop();
 }
 
 /// Whoever wants to see what Envoy would get asks as a person would.

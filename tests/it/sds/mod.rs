@@ -151,10 +151,15 @@ impl Served {
         self.says.changes.send_replace(());
     }
 
-    /// The value of one series.
-    fn metric(&self, series: &str) -> u64 {
+    fn metrics(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        text
+    }
+
+    /// The value of one series.
+    fn metric(&self, series: &str) -> u64 {
+        let text = self.metrics();
         let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         line.map_or(0, |value| value.parse().unwrap())
     }
