@@ -3,8 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use tonic::Code;
+
+use super::{Agent, Error};
+use crate::client;
 use crate::core::spiffe::{SpiffeId, TrustDomain};
+use crate::proto::mica::v1::Holder;
+
+/// What changed is told this late.
+const CHANGED: Duration = Duration::from_secs(10);
+/// And what did not is told again, since the authority forgets it after a quarter of an hour.
+const AGAIN: Duration = Duration::from_secs(300);
+/// The authority takes so many.
+const MOST: usize = 1_024;
 
 /// SHA-256 of a bundle's X.509 authorities ([`crate::core::bundle::TrustBundle::digest`]).
 pub type Digest = [u8; 32];
@@ -96,6 +109,38 @@ impl Consumer {
 impl Drop for Consumer {
     fn drop(&mut self) {
         self.all.state().consumers.remove(&self.number);
+    }
+}
+
+/// Tells the authority, for ever. One that does not want to know, as Istio's, is not told.
+pub async fn report(agent: Arc<Agent>) {
+    let (mut told, mut since) = (BTreeMap::new(), Duration::ZERO);
+    loop {
+        tokio::time::sleep(CHANGED).await;
+        since += CHANGED;
+        let counts = agent.holders.counts();
+        if counts == told && (since < AGAIN || counts.is_empty()) {
+            continue;
+        }
+        let holder = |((id, domain, bundle), count): (&(SpiffeId, TrustDomain, Digest), &Count)| Holder {
+            identity: id.to_string(),
+            trust_domain: domain.to_string(),
+            bundle: bundle.to_vec(),
+            acknowledged: count.acknowledged,
+            given: count.given,
+        };
+        let holders = counts.iter().take(MOST).map(holder).collect();
+        let wish = agent.own_wish();
+        let held = wish.id.as_ref().and_then(|id| agent.held.current(id)).flatten();
+        match agent.asker.report(&wish, held.as_deref(), holders).await {
+            Ok(()) => (told, since) = (counts, Duration::ZERO),
+            Err(Error::Client(client::Error::Denied { denial, .. }))
+                if denial.code == Code::Unimplemented =>
+            {
+                return std::future::pending().await;
+            }
+            Err(fault) => tracing::debug!(%fault, "who holds which bundle cannot be told"),
+        }
     }
 }
 

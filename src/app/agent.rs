@@ -1,5 +1,7 @@
 //! `mica agent`.
 
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -10,11 +12,17 @@ use super::serve::{Error, GRACE, Signals, bind, fault, stopping, unexpected, unt
 use crate::admin;
 use crate::agent::files::{Folder, Options, Told};
 use crate::agent::{self, Agent, Asker, Authority, Credentials, Wishes};
-use crate::config::agent::Args;
+use crate::attest::OwnUser;
+use crate::config::agent::{Args, SOCKET};
 use crate::core::inspect::distance;
+use crate::endpoint::{self, Endpoint, sds};
 use crate::sys::dir::{self, Access};
+use crate::sys::socket::Socket;
 use crate::sys::{clock, listen};
 use crate::telemetry;
+
+/// Everyone may connect: what a caller gets depends on who it is.
+const SOCKET_MODE: u32 = 0o777;
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(args: Args) -> Result<(), Error> {
@@ -48,8 +56,15 @@ async fn start(args: Args) -> Result<(), Error> {
 
     let (agent, wanted) = Agent::new(asker, wishes);
     let agent = Arc::new(agent);
-    let folder = Folder::open(args.files.clone(), files(&args, names)).map_err(usage)?;
-    if let Some(id) = folder.take_over(&agent, args.identity.as_ref()) {
+    let socket = match (&args.socket, &args.files) {
+        (Some(path), _) => Some(path.as_path()),
+        (None, None) => Some(Path::new(SOCKET)),
+        (None, Some(_)) => None,
+    };
+    let socket = socket.map(bind_socket).transpose()?;
+    let folder = args.files.clone().map(|path| Folder::open(path, files(&args, names))).transpose();
+    let folder = folder.map_err(usage)?;
+    if let Some(id) = folder.as_ref().and_then(|folder| folder.take_over(&agent, args.identity.as_ref())) {
         agent.is(&id);
     }
     let mut registry = Registry::default();
@@ -59,7 +74,21 @@ async fn start(args: Args) -> Result<(), Error> {
     let stopping = || stopping(&stopped);
     let mut tasks = JoinSet::new();
     tasks.spawn(until(stopping(), agent::keep(agent.clone(), wanted)));
-    tasks.spawn(until(stopping(), folder.keep(agent.clone(), None)));
+    tasks.spawn(until(stopping(), agent::holders::report(agent.clone())));
+    if let Some(folder) = folder {
+        tasks.spawn(until(stopping(), folder.keep(agent.clone(), None)));
+    }
+    // There for as long as it is held.
+    let mut _bound = None;
+    if let Some((bound, listener)) = socket {
+        _bound = Some(bound);
+        let endpoint = Endpoint { agent: agent.clone(), attestor: Arc::new(OwnUser::new(agent.own())) };
+        let sds = sds::service(endpoint.clone(), &mut registry);
+        let ends = stopping();
+        tasks.spawn(async move {
+            endpoint::serve(listener, open_files, endpoint, sds, ends).await.map_err(fault)
+        });
+    }
     let (ready, ends) = (readiness(agent.clone()), stopping());
     let address = http.local_addr().map_err(fault)?;
     tasks.spawn(async move {
@@ -79,6 +108,15 @@ async fn start(args: Args) -> Result<(), Error> {
     }
     tracing::info!("stopped");
     ended
+}
+
+fn bind_socket(path: &Path) -> Result<(Socket, UnixListener), Error> {
+    let holder = format!("the mica agent of process {}", std::process::id());
+    let (socket, listener) = Socket::bind(path, SOCKET_MODE, &holder).map_err(usage)?;
+    if let Some(why) = socket.exposed() {
+        tracing::warn!(socket = %path.display(), why, "whoever else may write to the socket's folder may replace it");
+    }
+    Ok((socket, listener))
 }
 
 /// Ready is an agent all of whose identities are good.

@@ -1,5 +1,13 @@
 //! Which identities the process at the other end of the agent's socket may have.
 
+mod own_user;
+mod workloads_file;
+
+pub use own_user::OwnUser;
+pub use workloads_file::WorkloadsFile;
+
+use tokio::sync::watch;
+
 use crate::core::spiffe::SpiffeId;
 use crate::sys::peer::Process;
 
@@ -8,6 +16,9 @@ use crate::sys::peer::Process;
 pub trait Attestor: Send + Sync + 'static {
     /// The identities that a living process is entitled to, its default first; never none.
     async fn attest(&self, caller: &Process) -> Result<Vec<Entitled>, Refused>;
+
+    /// Tells when an answer may have become another one, for streams, which then ask again.
+    fn changes(&self) -> watch::Receiver<()>;
 }
 
 /// An identity that a process may have.

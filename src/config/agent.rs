@@ -10,19 +10,23 @@ use crate::core::spiffe::SpiffeId;
 use crate::sys::process::{Signal, signal_named};
 use crate::telemetry::LogFormat;
 
+/// Where the socket is, if no place is given for it and no files are wanted.
+pub const SOCKET: &str = "/run/mica/agent.sock";
+
 const EXAMPLES: &str = "\
 Examples:
   mica agent --authority-address istiod.istio-system.svc:15012 --authority-roots /var/run/secrets/istio/root-cert.pem \\
-    --token-file /var/run/secrets/tokens/istio-token --files /etc/certs
+    --token-file /var/run/secrets/tokens/istio-token
   mica agent --authority-address ca.example.org:15012 --authority-roots /etc/mica/roots.pem \\
     --token-file /etc/mica/token --certificate /etc/certs --files /etc/certs -- systemctl reload nginx
+  mica agent --authority-roots .mica/root-cert.pem --token-file token --socket ./agent.sock
 
 Each flag can also be set by the environment variable MICA_<FLAG>, such as MICA_TOKEN_FILE.";
 
 /// Keep the certificates of workloads fresh, beside them or once per node.
 ///
-/// Makes the keys itself, asks the authority for certificates, renews them in time, and keeps them in files for
-/// workloads. A certificate that is still good is kept through any outage of the authority.
+/// Makes the keys itself, asks the authority for certificates, renews them in time, and hands them to workloads on a Unix
+/// socket and in files. A certificate that is still good is kept through any outage of the authority.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -71,9 +75,14 @@ pub struct Args {
     #[arg(long, value_name = "KIND", default_value = "p256", env = "MICA_KEY_KIND", hide_env = true)]
     pub key_kind: MadeKind,
 
+    /// Unix socket of Envoy's SDS and the SPIFFE Workload API, for processes of the agent's own user [default:
+    /// /run/mica/agent.sock, or none with --files]
+    #[arg(long, value_name = "PATH", env = "MICA_SOCKET", hide_env = true)]
+    pub socket: Option<PathBuf>,
+
     /// Folder to keep the certificate, its key and the trust bundle in; what another agent left there is taken over
     #[arg(long, value_name = "DIR", env = "MICA_FILES", hide_env = true)]
-    pub files: PathBuf,
+    pub files: Option<PathBuf>,
 
     /// What chain, key and trust bundle are called there
     #[arg(
@@ -81,6 +90,7 @@ pub struct Args {
         value_name = "CHAIN,KEY,ROOTS",
         value_delimiter = ',',
         num_args = 1,
+        requires = "files",
         default_value = "cert-chain.pem,key.pem,root-cert.pem",
         value_parser = file_name,
         env = "MICA_FILE_NAMES",
@@ -89,11 +99,11 @@ pub struct Args {
     pub file_names: Vec<String>,
 
     /// Owner of the files, as a number [default: whoever runs the agent]
-    #[arg(long, value_name = "UID", env = "MICA_FILES_OWNER", hide_env = true)]
+    #[arg(long, value_name = "UID", requires = "files", env = "MICA_FILES_OWNER", hide_env = true)]
     pub files_owner: Option<u32>,
 
     /// Group of the files, as a number [default: whoever runs the agent]
-    #[arg(long, value_name = "GID", env = "MICA_FILES_GROUP", hide_env = true)]
+    #[arg(long, value_name = "GID", requires = "files", env = "MICA_FILES_GROUP", hide_env = true)]
     pub files_group: Option<u32>,
 
     /// Mode of the files; their folders can be entered by those who can read them
@@ -111,7 +121,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "NAME",
-        requires = "pid_file",
+        requires_all = ["files", "pid_file"],
         value_parser = signal,
         env = "MICA_SIGNAL",
         hide_env = true
@@ -141,7 +151,7 @@ pub struct Args {
     pub log_level: tracing::Level,
 
     /// Program to run, without a shell, after the files have changed
-    #[arg(last = true, value_name = "PROGRAM", conflicts_with = "signal")]
+    #[arg(last = true, value_name = "PROGRAM", requires = "files", conflicts_with = "signal")]
     pub program: Vec<OsString>,
 }
 

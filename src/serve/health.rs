@@ -16,8 +16,9 @@ use crate::proto::grpc::health::v1::{HealthCheckRequest, HealthCheckResponse};
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Answers health checks.
-pub(super) struct Health {
-    pub(super) ready: Ready,
+pub struct Health {
+    /// Asked for each check, and each second for those who watch.
+    pub ready: Ready,
 }
 
 impl Health {

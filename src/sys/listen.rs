@@ -1,4 +1,4 @@
-//! A TCP port that clients who say nothing, and never go, do not take from the others.
+//! A TCP port, or a socket, that clients who say nothing, and never go, do not take from the others.
 
 use std::collections::VecDeque;
 use std::future::Future as _;
@@ -79,32 +79,45 @@ impl Listener {
     }
 }
 
-/// Places for connections that stay. When all are taken, the network with the most connections loses its newest, and not
-/// a newcomer from elsewhere. Clones share the places.
-#[derive(Clone, Debug)]
-pub struct Places(Arc<Mutex<Taken>>);
+/// Places for connections that stay. When all are taken, the source with the most connections loses its newest, and
+/// within it the part with the most, and not a newcomer from elsewhere. Clones share the places.
+#[derive(Debug)]
+pub struct Places<S: Copy + Ord = IpAddr, P: Copy + Ord = ()>(Arc<Mutex<Taken<S, P>>>);
 
-type Taken = Fair<IpAddr, (), oneshot::Sender<()>>;
+type Taken<S, P> = Fair<S, P, oneshot::Sender<()>>;
 
 /// Given back when dropped.
 #[derive(Debug)]
-pub struct Place {
-    places: Places,
-    at: fair::Place<IpAddr, ()>,
+pub struct Place<S: Copy + Ord = IpAddr, P: Copy + Ord = ()> {
+    places: Places<S, P>,
+    at: fair::Place<S, P>,
     /// Resolves when it is somebody else's.
     pushed_out: Option<oneshot::Receiver<()>>,
 }
 
 impl Places {
+    /// A place, but for a newcomer of a network that has the most already.
+    pub fn take(&self, source: IpAddr) -> Option<Place> {
+        self.take_for(network(source), ())
+    }
+}
+
+impl<S: Copy + Ord, P: Copy + Ord> Clone for Places<S, P> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<S: Copy + Ord, P: Copy + Ord> Places<S, P> {
     /// So many.
     pub fn new(most: usize) -> Self {
         Self(Arc::new(Mutex::new(Fair::new(most))))
     }
 
-    /// A place, but for a newcomer of a network that has the most already.
-    pub fn take(&self, source: IpAddr) -> Option<Place> {
+    /// A place, but for a newcomer of a part, of a source, that has the most already.
+    pub fn take_for(&self, source: S, part: P) -> Option<Place<S, P>> {
         let (stays, mut pushed_out) = oneshot::channel();
-        let (at, out) = self.taken().push(network(source), (), stays);
+        let (at, out) = self.taken().push(source, part, stays);
         drop(out);
         let place = match pushed_out.try_recv() {
             Err(oneshot::error::TryRecvError::Closed) => None,
@@ -113,12 +126,12 @@ impl Places {
         place.map(|pushed_out| Place { places: self.clone(), at, pushed_out: Some(pushed_out) })
     }
 
-    fn taken(&self) -> MutexGuard<'_, Taken> {
+    fn taken(&self) -> MutexGuard<'_, Taken<S, P>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Place {
+impl<S: Copy + Ord, P: Copy + Ord> Drop for Place<S, P> {
     fn drop(&mut self) {
         let _gone = self.places.taken().remove(&self.at);
     }
@@ -134,27 +147,34 @@ pub fn network(address: IpAddr) -> IpAddr {
 
 /// A connection that ends, with an error, when its time is over.
 #[derive(Debug)]
-pub struct Stream {
-    inner: TcpStream,
+pub struct Stream<I = TcpStream, S: Copy + Ord = IpAddr, P: Copy + Ord = ()> {
+    inner: I,
     deadline: Pin<Box<Sleep>>,
     /// Resolves when somebody else needs the place.
     pushed_out: Option<oneshot::Receiver<()>>,
-    stays: Option<(Duration, Place)>,
+    stays: Option<(Duration, Place<S, P>)>,
     /// Since when the client takes nothing.
     stalled: Option<Instant>,
 }
 
-impl Stream {
+impl<I, S: Copy + Ord, P: Copy + Ord> Stream<I, S, P> {
+    /// One that stays, as [`Self::stay`].
+    pub fn staying(inner: I, idle: Duration, mut place: Place<S, P>) -> Self {
+        let pushed_out = place.pushed_out.take();
+        let deadline = Box::pin(sleep(idle));
+        Self { inner, deadline, pushed_out, stays: Some((idle, place)), stalled: None }
+    }
+
     /// Lets it stay for as long as the client says something now and then, and takes what it is sent. The listener
     /// forgets it.
-    pub fn stay(&mut self, idle: Duration, mut place: Place) {
+    pub fn stay(&mut self, idle: Duration, mut place: Place<S, P>) {
         self.pushed_out = place.pushed_out.take();
         self.stays = Some((idle, place));
         self.deadline.as_mut().reset(Instant::now() + idle);
     }
 
     /// The connection itself.
-    pub fn get_ref(&self) -> &TcpStream {
+    pub fn get_ref(&self) -> &I {
         &self.inner
     }
 
@@ -195,7 +215,7 @@ impl Stream {
     }
 }
 
-impl AsyncRead for Stream {
+impl<I: AsyncRead + Unpin, S: Copy + Ord + Unpin, P: Copy + Ord + Unpin> AsyncRead for Stream<I, S, P> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -216,7 +236,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl<I: AsyncWrite + Unpin, S: Copy + Ord + Unpin, P: Copy + Ord + Unpin> AsyncWrite for Stream<I, S, P> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.inner).poll_write(cx, bytes);
         self.unless_stalled(cx, written)

@@ -9,6 +9,7 @@ pub mod keys;
 pub mod listen;
 pub mod peer;
 pub mod process;
+pub mod socket;
 pub mod tree;
 pub mod watch;
 

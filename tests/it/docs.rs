@@ -453,7 +453,7 @@ fn shown(text: &str) -> Vec<(String, Vec<String>)> {
 }
 
 /// Whether a line is the one that was shown, but for numbers: words with a digit in them. `…` stands for any rest.
-fn is_shown(line: &str, shown: &str) -> bool {
+pub(crate) fn is_shown(line: &str, shown: &str) -> bool {
     let words = |text: &str| -> Vec<String> {
         let word = |word: &str| {
             if word.contains(|c: char| c.is_ascii_digit()) { "#".to_owned() } else { word.to_owned() }

@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 mod agent;
+mod bookinfo;
 mod cli;
 mod cluster;
 mod conformance;
@@ -16,5 +17,6 @@ mod hostile;
 mod mica;
 mod openssl;
 mod parts;
+mod sds;
 mod serve;
 mod tool;

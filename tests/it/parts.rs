@@ -62,6 +62,9 @@ fn every_part_is_there_and_runs() {
         (Command::new(go_spiffe()), "id"),
         (Command::new(faketime()), "--version"),
         (Command::new(grpcurl()), "-version"),
+        (Command::new(find("java")), "-version"),
+        (Command::new(find("prometheus")), "--version"),
+        (Command::new(find("prometheus").with_file_name("promtool")), "--version"),
         (Command::new(kubernetes("etcd")), "--version"),
         (Command::new(kubernetes("kube-apiserver")), "--version"),
         (Command::new(kubernetes("kube-controller-manager")), "--version"),
@@ -79,4 +82,6 @@ fn every_part_is_there_and_runs() {
             .unwrap_or_else(|error| panic!("{program:?}: {error}"));
         assert!(output.status.success(), "{program:?}: {output:?}");
     }
+    // It has no such question, and takes seconds to start.
+    assert!(find("zipkin").with_file_name("zipkin.jar").exists());
 }

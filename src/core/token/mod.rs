@@ -6,7 +6,6 @@
 
 pub(super) mod json;
 pub mod jwks;
-pub mod svid;
 pub mod trial;
 
 use base64::Engine as _;
@@ -107,12 +106,6 @@ pub enum Fault {
     /// Somebody with an impossible name.
     #[error("the token's sub: {0}")]
     Name(#[from] spiffe::Error),
-    /// Of a trust domain that nothing is known of.
-    #[error("no keys of the trust domain {0}, which the token's sub is of, are known")]
-    TrustDomain(String),
-    /// Its keys verify nothing.
-    #[error("the keys of the trust domain {0} cannot be used: {1}")]
-    Keys(String, jwks::Error),
     /// Two that differ.
     #[error("the token's sub is {sub}, and its kubernetes.io claim is of {claim}")]
     SubjectsDiffer {
@@ -136,9 +129,7 @@ impl Fault {
             | Self::Name(_)
             | Self::SubjectsDiffer { .. } => Reason::TokenMalformed,
             Self::Algorithm(_) | Self::AlgorithmOfKey { .. } => Reason::TokenAlgorithm,
-            Self::KeyUnknown(_) | Self::KeyUnnamed(..) | Self::TrustDomain(_) | Self::Keys(..) => {
-                Reason::TokenKeyUnknown
-            }
+            Self::KeyUnknown(_) | Self::KeyUnnamed(..) => Reason::TokenKeyUnknown,
             Self::Signature => Reason::TokenSignature,
             Self::Audience { .. } => Reason::TokenAudience,
             Self::Expired(_) => Reason::TokenExpired,
@@ -172,7 +163,7 @@ pub struct Token<'a> {
 impl<'a> Token<'a> {
     /// Takes a token apart.
     pub fn read(text: &'a str) -> Result<Self, Fault> {
-        Self::read_as(text, |header| match header.get("typ") {
+        Self::apart(text, |header| match header.get("typ") {
             None => Ok(()),
             Some(Value::String(kind)) if ["jwt", "at+jwt"].iter().any(|it| kind.eq_ignore_ascii_case(it)) => {
                 Ok(())
@@ -181,7 +172,30 @@ impl<'a> Token<'a> {
         })
     }
 
-    fn read_as(text: &'a str, judge: fn(&json::Object) -> Result<(), Fault>) -> Result<Self, Fault> {
+    /// Takes a JWT-SVID apart, which has fewer algorithms and no other members in its header (JWT-SVID 2).
+    pub fn read_svid(text: &'a str) -> Result<Self, Fault> {
+        let token = Self::apart(text, |header| {
+            if let Some(other) = header.keys().find(|name| !["alg", "kid", "typ"].contains(&name.as_str())) {
+                let other = cut(&format!("{other:?}"));
+                return Err(Fault::Header(format!(
+                    "it has {other}, and a JWT-SVID's has alg, kid and typ alone"
+                )));
+            }
+            match header.get("typ") {
+                None => Ok(()),
+                Some(Value::String(kind)) if kind == "JWT" || kind == "JOSE" => Ok(()),
+                Some(other) => {
+                    Err(Fault::Header(format!("its typ is {}, not \"JWT\" or \"JOSE\"", shown(other))))
+                }
+            }
+        })?;
+        match token.algorithm {
+            Algorithm::EdDSA => Err(Fault::Algorithm("\"EdDSA\", which no JWT-SVID has".to_owned())),
+            _ => Ok(token),
+        }
+    }
+
+    fn apart(text: &'a str, judge: impl Fn(&json::Object) -> Result<(), Fault>) -> Result<Self, Fault> {
         if text.len() > MAX {
             return Err(Fault::Length(text.len()));
         }
@@ -209,6 +223,11 @@ impl<'a> Token<'a> {
             }
         };
         Ok(Self { algorithm, kid, message, claims: object("claims", claims)?, signature })
+    }
+
+    /// Whose it is, as it says itself: good for nothing but choosing the keys that it is then verified with.
+    pub fn claimed_subject(&self) -> Result<&str, Fault> {
+        text(&self.claims, "sub", "sub")?.ok_or(Fault::Missing("sub"))
     }
 
     /// Who issued it, as it says itself: good for nothing but choosing the keys that it is then verified with.
@@ -256,6 +275,11 @@ impl Claims {
             return Err(Fault::IssuedLater(issued));
         }
         Ok(expires)
+    }
+
+    /// All of them.
+    pub fn members(&self) -> &serde_json::Map<String, Value> {
+        &self.0
     }
 
     /// `sub`, of any form.

@@ -1,14 +1,16 @@
 //! Mica and a real API server.
 
+mod admission;
 mod control_plane;
 mod events;
+mod injection;
 mod istio_ca;
 mod keyring;
 mod knowledge;
 mod lease;
 mod manifests;
 mod namespaces;
-mod node;
+pub(crate) mod node;
 mod pods;
 mod roots;
 mod secrets;

@@ -56,6 +56,11 @@ impl Node {
         node
     }
 
+    /// Where it is kept.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// `tests/cluster` for this node; it has to succeed. What it said.
     pub(crate) fn cluster<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> String {
         self.try_cluster(arguments).unwrap_or_else(|error| panic!("{error}"))

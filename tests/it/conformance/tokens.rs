@@ -2,12 +2,12 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use mica::core::jwt_svid::validate::validate;
 use mica::core::jwt_svid::{Audience, Claims, token};
 use mica::core::key::{JwsKey, KeyKind};
 use mica::core::published::{JwtAuthority, Published};
 use mica::core::refusal::Reason;
 use mica::core::spiffe::SpiffeId;
-use mica::core::token::svid::validate;
 use mica::sys::keys;
 use serde_json::{Value, json};
 use time::Duration;
@@ -78,7 +78,7 @@ pub(super) const RULES: &[Rule] = &[
             signer.refuses("exp", &exp);
         }
         let text = signer.made();
-        let at = |after: Duration| validate(&text, "db", |_| Some(&*signer.set), NOW + after);
+        let at = |after: Duration| validate(&text, "db", NOW + after, |_| Some(&*signer.set));
         assert!(at(Duration::seconds(299)).is_ok() && at(Duration::seconds(300)).is_err());
     }),
     ("36", "in the bundle a key has use jwt-svid and a kid, and no other is taken [6.1, 6.2]", || {
@@ -97,7 +97,7 @@ pub(super) const RULES: &[Rule] = &[
                 value => other["keys"][0][name] = value,
             }
             let other = other.to_string();
-            assert!(validate(&text, "db", |_| Some(&*other), NOW).is_err(), "{other}");
+            assert!(validate(&text, "db", NOW, |_| Some(&*other)).is_err(), "{other}");
         }
     }),
     (
@@ -148,7 +148,7 @@ impl Signer {
     }
 
     fn judge(&self, text: &str) -> Result<(), String> {
-        validate(text, "db", |_| Some(&*self.set), NOW).map(drop).map_err(|fault| fault.to_string())
+        validate(text, "db", NOW, |_| Some(&*self.set)).map(drop).map_err(|fault| fault.to_string())
     }
 
     /// A good token with another value of one claim, or without it.
