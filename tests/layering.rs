@@ -41,7 +41,7 @@ const ROOMS: &[Room] = &[
     // Keeps what workloads have, and asks the authority for it.
     Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "proto", "client", "sink"] },
     // The agent's socket. Health is asked for there as at the authority's port.
-    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "proto", "attest::", "agent", "serve::health"] },
+    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "proto", "attest::", "client::", "agent", "serve::health"] },
     Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },

@@ -11,6 +11,8 @@ pub(super) struct Addresses {
     /// None where there are no gRPC services.
     pub(super) grpc: Option<SocketAddr>,
     pub(super) http: SocketAddr,
+    /// None where no API server asks about pods.
+    pub(super) inject: Option<SocketAddr>,
 }
 
 impl Addresses {
@@ -19,6 +21,9 @@ impl Addresses {
         let mut text = serde_json::json!({"http": self.http.to_string()});
         if let Some(grpc) = self.grpc {
             text["grpc"] = grpc.to_string().into();
+        }
+        if let Some(inject) = self.inject {
+            text["inject"] = inject.to_string().into();
         }
         data.replace(FILE, format!("{text}\n").as_bytes(), Access::mode(0o644))
     }

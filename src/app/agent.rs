@@ -83,9 +83,11 @@ async fn start(args: Args) -> Result<(), Error> {
     if let Some((bound, listener)) = socket {
         _bound = Some(bound);
         let endpoint = Endpoint { agent: agent.clone(), attestor: Arc::new(OwnUser::new(agent.own())) };
-        let sds = sds::service(endpoint, &mut registry);
+        let sds = sds::service(endpoint.clone(), &mut registry);
         let ends = stopping();
-        tasks.spawn(async move { endpoint::serve(listener, open_files, sds, ends).await.map_err(fault) });
+        tasks.spawn(async move {
+            endpoint::serve(listener, open_files, endpoint, sds, ends).await.map_err(fault)
+        });
     }
     let (ready, ends) = (readiness(agent.clone()), stopping());
     let address = http.local_addr().map_err(fault)?;

@@ -24,11 +24,13 @@ use crate::cluster::{AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
+use crate::core::inject::Rules;
 use crate::core::issuer::{self, Issuer};
 use crate::core::policy::{Limits, SHORTEST};
 use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
+use crate::serve::webhook::{self, Injector};
 use crate::serve::{self, Agents, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
@@ -67,6 +69,7 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
     }
     FolderSink::check_mode(args.secrets_mode).map_err(usage)?;
     args.origin().map_err(usage)?;
+    args.injection("").map_err(usage)?;
     let own_names = args.dns_names.iter().map(ToString::to_string).collect();
     let limits = Limits { lifetime: args.ttl, longest: args.max_ttl, own_names };
     let policy = LivingPolicy::open(args.policy.as_deref(), limits).map_err(usage)?;
@@ -176,6 +179,10 @@ async fn run_with(
         true => Some(bind(args.grpc_address, "--grpc-address").await?),
         false => None,
     };
+    let inject = match args.inject_address {
+        Some(address) => Some(bind(address, "--inject-address").await?),
+        None => None,
+    };
     let (http, early) = twins(bind(args.http_address, "--http-address").await?).map_err(fault)?;
     // Before the sink, whose record shows that there was an authority.
     let open_files = listen::raise_open_files();
@@ -202,12 +209,28 @@ async fn run_with(
     if subjects.cluster().is_none() {
         tokens.take(tokens::issuers(&args, &data).await?);
     }
+    let wish = match subjects.cluster() {
+        Some(cluster) => {
+            let own = cluster.namespace().to_owned();
+            args.injection(&own).map_err(usage)?.map(|wish| (wish, own))
+        }
+        None => None,
+    };
     let mut tasks = JoinSet::new();
     // Whoever has istio-ca's rights has no place in the cluster for more than istio-ca kept there.
     let is_shared = subjects.cluster().is_some() && args.istio_ca.is_none();
     let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
+    let injector = match wish {
+        Some((wish, own)) => {
+            let injector = Arc::new(Injector::new(Rules { wish, own: own.clone() }));
+            injector.register(&mut registry);
+            let names = names(&args.inject_names(&own));
+            Some((injector, Arc::new(ServingCertificate::new(authority.clone(), names))))
+        }
+        None => None,
+    };
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
         let (authority, started, data) =
@@ -266,6 +289,7 @@ async fn run_with(
     let addresses = Addresses {
         grpc: grpc.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
         http: http.local_addr().map_err(fault)?,
+        inject: inject.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
     };
     // Clients may hang on for ever, as those do that watch the health.
     let cut_off = || {
@@ -290,6 +314,19 @@ async fn run_with(
             () = cut => Ok(()),
         }
     });
+    }
+
+    if let (Some(listener), Some((injector, certificate))) = (inject, injector) {
+        certificate.begin();
+        let kept = certificate.clone();
+        tasks.spawn(until(stopping(), async move { kept.keep().await }));
+        let (ends, cut) = (stopping(), cut_off());
+        tasks.spawn(async move {
+            tokio::select! {
+                served = webhook::serve(listener, open_files, &certificate, injector, ends) => served.map_err(fault),
+                () = cut => Ok(()),
+            }
+        });
     }
 
     let announced = async {

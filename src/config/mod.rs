@@ -5,5 +5,6 @@
 
 pub mod agent;
 pub mod cli;
+pub mod inject;
 pub mod istio_ca;
 pub mod serve;

@@ -77,6 +77,9 @@ impl SecretDiscoveryService for Sds {
         request: Request<DiscoveryRequest>,
     ) -> Result<Response<DiscoveryResponse>, Status> {
         let mut caller = self.caller(request.extensions()).await?;
+        if !caller.is_known() {
+            return Err(Status::unavailable("the caller cannot be attested now; try again"));
+        }
         let asked = StateOfTheWorld::asked(request.into_inner());
         asked.check_type()?;
         let Names::Whole(names) = asked.names else { return Err(Status::internal("names are missing")) };

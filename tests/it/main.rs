@@ -17,5 +17,6 @@ mod hostile;
 mod mica;
 mod openssl;
 mod parts;
+mod sds;
 mod serve;
 mod tool;

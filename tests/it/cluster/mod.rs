@@ -1,7 +1,9 @@
 //! Mica and a real API server.
 
+mod admission;
 mod control_plane;
 mod events;
+mod injection;
 mod istio_ca;
 mod knowledge;
 mod lease;
