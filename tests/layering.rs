@@ -33,6 +33,8 @@ const ROOMS: &[Room] = &[
     // Implements the traits of others on an API server.
     Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "attest::", "auth::", "source::", "sink::", "store::"] },
     Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "proto", "authority", "auth"] },
+    // Bundles of this and of other trust domains, over HTTPS.
+    Room { name: "federation", rank: 6, may: &["core", "sys", "authority"] },
     Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
     // The client's side of the CSR API: what the commands that ask a running Mica share.
     Room { name: "client",    rank: 6, may: &["core", "sys", "proto"] },
@@ -45,7 +47,7 @@ const ROOMS: &[Room] = &[
     Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },
-    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "admin", "client", "attest", "agent", "endpoint", "config"] },
+    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "federation", "admin", "client", "attest", "agent", "endpoint", "config"] },
     // Of core, how to keep a line one line.
     Room { name: "main",      rank: 10, may: &["core::inspect", "telemetry", "tool", "config", "app"] },
     // lib.rs lists the rooms and does nothing else.

@@ -120,12 +120,15 @@ pub struct Asker {
     kind: KeyKind,
     /// A connection without a client certificate, for all that is asked with tokens, and the roots that it was made with.
     shared: Mutex<Option<(Zeroizing<Vec<u8>>, PathBuf, Client)>>,
+    /// Tells this agent's reports from those of others of the same account.
+    reporter: String,
 }
 
 impl Asker {
     /// Asks for certificates of a lifetime, or of the authority's default, for keys of a kind.
     pub fn new(authority: Authority, lifetime: Option<Lifetime>, kind: KeyKind) -> Self {
-        Self { authority, lifetime, kind, shared: Mutex::default() }
+        let random = keys::random_bytes().map_or(0, u64::from_ne_bytes);
+        Self { authority, lifetime, kind, shared: Mutex::default(), reporter: format!("{random:016x}") }
     }
 
     /// Where the authority is.
@@ -198,14 +201,8 @@ impl Asker {
     }
 
     /// Tells which bundles the agent's consumers hold.
-    pub async fn report(
-        &self,
-        wish: &Wish,
-        held: Option<&Svid>,
-        reporter: &str,
-        holders: Vec<Holder>,
-    ) -> Result<(), Error> {
-        let message = ReportHoldersRequest { holders, reporter: reporter.to_owned() };
+    pub async fn report(&self, wish: &Wish, held: Option<&Svid>, holders: Vec<Holder>) -> Result<(), Error> {
+        let message = ReportHoldersRequest { holders, reporter: self.reporter.clone() };
         let ask = |client: Client| {
             let message = message.clone();
             async move {

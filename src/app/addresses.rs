@@ -13,6 +13,8 @@ pub(super) struct Addresses {
     pub(super) http: SocketAddr,
     /// None where no API server asks about pods.
     pub(super) inject: Option<SocketAddr>,
+    /// None where there is no bundle endpoint.
+    pub(super) bundle: Option<SocketAddr>,
 }
 
 impl Addresses {
@@ -24,6 +26,9 @@ impl Addresses {
         }
         if let Some(inject) = self.inject {
             text["inject"] = inject.to_string().into();
+        }
+        if let Some(bundle) = self.bundle {
+            text["bundle"] = bundle.to_string().into();
         }
         data.replace(FILE, format!("{text}\n").as_bytes(), Access::mode(0o644))
     }

@@ -27,6 +27,7 @@ use crate::config::serve::{Args, Origin, ServingName};
 use crate::core::inject::Rules;
 use crate::core::issuer::{self, Issuer};
 use crate::core::policy::{Limits, SHORTEST};
+use crate::federation::{self, Endpoint, Fetched, Fetcher};
 use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
@@ -184,6 +185,10 @@ async fn run_with(
         None => None,
     };
     let (http, early) = twins(bind(args.http_address, "--http-address").await?).map_err(fault)?;
+    let bundle = match args.bundle_address {
+        Some(address) => Some(bind(address, "--bundle-address").await?),
+        None => None,
+    };
     // Before the sink, whose record shows that there was an authority.
     let open_files = listen::raise_open_files();
     let loaded = tokio::select! {
@@ -277,6 +282,45 @@ async fn run_with(
         keeper.look().await;
         tasks.spawn(until(stopping(), keeper.keep()));
     }
+    // Clients may hang on for ever, as those do that watch the health.
+    let cut_off = || {
+        let stopping = stopping();
+        async move {
+            stopping.await;
+            tokio::time::sleep(HANG_UP).await;
+        }
+    };
+    if let Some(file) = &args.federation {
+        let fetched = Arc::new(Fetched::default());
+        fetched.register(&mut registry);
+        let data = data.try_clone().map_err(fault)?;
+        let fetcher = Fetcher::open(authority.clone(), data, file.clone(), fetched);
+        let fetcher = fetcher.map_err(|e| usage(format_args!("--federation: {e}")))?;
+        tasks.spawn(until(stopping(), fetcher.keep()));
+    }
+    let bundle_address = bundle.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?;
+    if let Some(listener) = bundle {
+        let files = args.bundle_certificate.clone().zip(args.bundle_key.clone());
+        let files = files.map(|(chain, key)| federation::Files { chain, key });
+        let certificate = federation::Certificate::new(authority.clone(), files).map_err(fault)?;
+        certificate.begin().map_err(|e| usage(format_args!("--bundle-certificate: {e}")))?;
+        let certificate = Arc::new(certificate);
+        let metrics = federation::Metrics::default();
+        metrics.register(&mut registry);
+        let address = listener.local_addr().map_err(fault)?;
+        let id = certificate.id().map(tracing::field::display);
+        tracing::info!(%address, id, "the trust bundle is served to other trust domains");
+        let kept = certificate.clone();
+        tasks.spawn(until(stopping(), async move { kept.keep().await }));
+        let endpoint = Endpoint { authority: authority.clone(), certificate, metrics };
+        let (ends, cut) = (stopping(), cut_off());
+        tasks.spawn(async move {
+            tokio::select! {
+                served = federation::serve(listener, open_files, endpoint, ends) => served.map_err(fault),
+                () = cut => Ok(()),
+            }
+        });
+    }
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     let watched = authority.clone();
     tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
@@ -290,14 +334,7 @@ async fn run_with(
         grpc: grpc.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
         http: http.local_addr().map_err(fault)?,
         inject: inject.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
-    };
-    // Clients may hang on for ever, as those do that watch the health.
-    let cut_off = || {
-        let stopping = stopping();
-        async move {
-            stopping.await;
-            tokio::time::sleep(HANG_UP).await;
-        }
+        bundle: bundle_address,
     };
     let (ends, cut, asked) = (stopping(), cut_off(), ready.clone());
     tasks.spawn(async move {

@@ -187,6 +187,35 @@ pub struct Args {
     )]
     pub http_address: SocketAddr,
 
+    /// Where the SPIFFE bundle endpoint listens, over TLS, for other trust domains; port 0 picks a free one [default: none]
+    #[arg(long, value_name = "ADDRESS", env = "MICA_BUNDLE_ADDRESS", hide_env = true)]
+    pub bundle_address: Option<SocketAddr>,
+
+    /// Certificate of the bundle endpoint, leaf first (PEM), for https_web; read again when it changes [default: an
+    /// X509-SVID of the trust domain's own, for https_spiffe]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires_all = ["bundle_address", "bundle_key"],
+        env = "MICA_BUNDLE_CERTIFICATE",
+        hide_env = true
+    )]
+    pub bundle_certificate: Option<PathBuf>,
+
+    /// Key of that certificate (PEM)
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires_all = ["bundle_address", "bundle_certificate"],
+        env = "MICA_BUNDLE_KEY",
+        hide_env = true
+    )]
+    pub bundle_key: Option<PathBuf>,
+
+    /// Which other trust domains' bundles are fetched, and from where (YAML); read again when it changes
+    #[arg(long, value_name = "FILE", env = "MICA_FEDERATION", hide_env = true)]
+    pub federation: Option<PathBuf>,
+
     /// DNS names and addresses of the gRPC port's certificate
     #[arg(
         long,

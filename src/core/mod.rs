@@ -15,6 +15,7 @@ mod der;
 pub mod documents;
 pub mod election;
 pub mod fair;
+pub mod federation;
 pub mod forwarded;
 pub mod granted;
 pub mod inject;

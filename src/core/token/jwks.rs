@@ -14,7 +14,7 @@ pub const MAX: usize = 256 * 1024;
 /// The most keys that a set may have.
 const MAX_KEYS: usize = 64;
 /// Members of a JWK that make it a secret (RFC 7518 6.2.2, 6.3.2, 6.4.1).
-const SECRETS: [&str; 8] = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"];
+pub(in crate::core) const SECRETS: [&str; 8] = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"];
 
 /// Why a set of keys is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -4,7 +4,7 @@
 //! fits, out of the very bytes that were read the first time. A claim that is there and has the wrong form is a refusal,
 //! never the same as one that is not there.
 
-mod json;
+pub(super) mod json;
 pub mod jwks;
 pub mod trial;
 

@@ -622,6 +622,11 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
     shop.delete_pod("web-1");
     wait_for(soon, "a refusal", || client.identity(&token).err());
 
+    // The keys of JWT-SVIDs are there, and are made anew where they are damaged.
+    let keys = format!("/api/v1/namespaces/{OWN}/secrets/mica-jwt-keys");
+    wait_for(soon, "keys", || ask(&admin, "GET", &keys, &Value::Null).ok());
+    ask(&admin, "PATCH", &keys, &json!({"data": {"jwt-keys.json": "eA=="}})).unwrap();
+
     let namespace = format!("--namespace={OWN}");
     let rules = |kind: &str| -> Value {
         let text = good(plane, &["get", kind, "mica", &namespace, "--output=json"]);

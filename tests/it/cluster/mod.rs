@@ -5,6 +5,7 @@ mod control_plane;
 mod events;
 mod injection;
 mod istio_ca;
+mod keyring;
 mod knowledge;
 mod lease;
 mod manifests;

@@ -118,9 +118,9 @@ impl Served {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut registry = Registry::default();
         let endpoint = Endpoint { agent: agent.clone(), attestor: says.clone() };
-        let service = sds::service(endpoint, &mut registry);
+        let service = sds::service(endpoint.clone(), &mut registry);
         let listener = UnixListener::bind(&socket).unwrap();
-        runtime.spawn(endpoint::serve(listener, 4096, service, std::future::pending()));
+        runtime.spawn(endpoint::serve(listener, 4096, endpoint, service, std::future::pending()));
         Self { runtime, agent, says, registry, _folder: folder, socket }
     }
 

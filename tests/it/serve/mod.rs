@@ -204,6 +204,11 @@ impl Mica {
         })
     }
 
+    /// Its data folder.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.data.clone()
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
