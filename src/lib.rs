@@ -22,3 +22,4 @@ pub mod store;
 pub mod sys;
 pub mod telemetry;
 pub mod tool;
+pub mod trace;

@@ -24,6 +24,8 @@ const ROOMS: &[Room] = &[
     Room { name: "proto",     rank: 0, may: &[] },
     Room { name: "sys",       rank: 1, may: &["core"] },
     Room { name: "telemetry", rank: 1, may: &[] },
+    // Spans, and what sends them.
+    Room { name: "trace",     rank: 2, may: &["core", "proto", "sys"] },
     Room { name: "store",     rank: 3, may: &["core", "sys"] },
     Room { name: "source",    rank: 3, may: &["core", "sys"] },
     Room { name: "sink",      rank: 3, may: &["core", "sys"] },
@@ -32,20 +34,20 @@ const ROOMS: &[Room] = &[
     Room { name: "auth",      rank: 5, may: &["core", "sys", "telemetry", "authority"] },
     // Implements the traits of others on an API server.
     Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "attest::", "auth::", "source::", "sink::", "store::"] },
-    Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "proto", "authority", "auth"] },
+    Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "trace::", "proto", "authority", "auth"] },
     Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
     // The client's side of the CSR API: what the commands that ask a running Mica share.
     Room { name: "client",    rank: 6, may: &["core", "sys", "proto"] },
     // Who is at the other end of the agent's socket.
     Room { name: "attest",    rank: 5, may: &["core", "sys", "telemetry"] },
     // Keeps what workloads have, and asks the authority for it.
-    Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "proto", "client", "sink"] },
+    Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "trace::", "proto", "client", "sink"] },
     // The agent's socket. Health is asked for there as at the authority's port.
-    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "proto", "attest::", "agent", "serve::health"] },
-    Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
+    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "trace::", "proto", "attest::", "agent", "serve::health"] },
+    Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "trace::", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },
-    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "admin", "client", "attest", "agent", "endpoint", "config"] },
+    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "trace", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "admin", "client", "attest", "agent", "endpoint", "config"] },
     // Of core, how to keep a line one line.
     Room { name: "main",      rank: 10, may: &["core::inspect", "telemetry", "tool", "config", "app"] },
     // lib.rs lists the rooms and does nothing else.

@@ -7,3 +7,4 @@ pub mod agent;
 pub mod cli;
 pub mod istio_ca;
 pub mod serve;
+pub mod trace;

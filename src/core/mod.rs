@@ -33,4 +33,5 @@ pub mod rotation;
 pub mod selection;
 pub mod spiffe;
 pub mod token;
+pub mod trace;
 pub mod url;

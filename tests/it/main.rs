@@ -19,3 +19,4 @@ mod openssl;
 mod parts;
 mod serve;
 mod tool;
+mod tracing;

@@ -34,6 +34,11 @@ pub(crate) fn grpcurl() -> PathBuf {
     find("grpcurl")
 }
 
+/// Zipkin: where it listens is in the environment variable `QUERY_PORT`.
+pub(crate) fn zipkin() -> PathBuf {
+    find("zipkin")
+}
+
 /// A program of Kubernetes' control plane, etcd among them.
 pub(crate) fn kubernetes(name: &str) -> PathBuf {
     find("kubernetes").with_file_name(name)
