@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod config;
 pub mod core;
 pub mod endpoint;
+pub mod federation;
 pub mod proto;
 pub mod reconcile;
 pub mod serve;

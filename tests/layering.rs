@@ -35,6 +35,8 @@ const ROOMS: &[Room] = &[
     // Implements the traits of others on an API server.
     Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "attest::", "auth::", "source::", "sink::", "store::"] },
     Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "trace::", "proto", "authority", "auth"] },
+    // Bundles of this and of other trust domains, over HTTPS.
+    Room { name: "federation", rank: 6, may: &["core", "sys", "authority"] },
     Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
     // The client's side of the CSR API: what the commands that ask a running Mica share.
     Room { name: "client",    rank: 6, may: &["core", "sys", "proto"] },
@@ -43,11 +45,11 @@ const ROOMS: &[Room] = &[
     // Keeps what workloads have, and asks the authority for it.
     Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "trace::", "proto", "client", "sink"] },
     // The agent's socket. Health is asked for there as at the authority's port.
-    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "trace::", "proto", "attest::", "agent", "serve::health"] },
+    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "trace::", "proto", "attest::", "client::", "agent", "serve::health"] },
     Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "trace::", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },
-    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "trace", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "admin", "client", "attest", "agent", "endpoint", "config"] },
+    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "trace", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "federation", "admin", "client", "attest", "agent", "endpoint", "config"] },
     // Of core, how to keep a line one line.
     Room { name: "main",      rank: 10, may: &["core::inspect", "telemetry", "tool", "config", "app"] },
     // lib.rs lists the rooms and does nothing else.

@@ -9,10 +9,8 @@ use tonic::Code;
 
 use super::{Agent, Error};
 use crate::client;
-use crate::core::certificate::hex;
 use crate::core::spiffe::{SpiffeId, TrustDomain};
 use crate::proto::mica::v1::Holder;
-use crate::sys::keys;
 
 /// What changed is told this late.
 const CHANGED: Duration = Duration::from_secs(10);
@@ -116,7 +114,6 @@ impl Drop for Consumer {
 
 /// Tells the authority, for ever. One that does not want to know, as Istio's, is not told.
 pub async fn report(agent: Arc<Agent>) {
-    let reporter = keys::random_bytes::<16>().map_or_else(|_| String::new(), |bytes| hex(&bytes));
     let (mut told, mut since) = (BTreeMap::new(), Duration::ZERO);
     loop {
         tokio::time::sleep(CHANGED).await;
@@ -135,7 +132,7 @@ pub async fn report(agent: Arc<Agent>) {
         let holders = counts.iter().take(MOST).map(holder).collect();
         let wish = agent.own_wish();
         let held = wish.id.as_ref().and_then(|id| agent.held.current(id)).flatten();
-        match agent.asker.report(&wish, held.as_deref(), &reporter, holders).await {
+        match agent.asker.report(&wish, held.as_deref(), holders).await {
             Ok(()) => (told, since) = (counts, Duration::ZERO),
             Err(Error::Client(client::Error::Denied { denial, .. }))
                 if denial.code == Code::Unimplemented =>

@@ -11,6 +11,10 @@ pub(super) struct Addresses {
     /// None where there are no gRPC services.
     pub(super) grpc: Option<SocketAddr>,
     pub(super) http: SocketAddr,
+    /// None where no API server asks about pods.
+    pub(super) inject: Option<SocketAddr>,
+    /// None where there is no bundle endpoint.
+    pub(super) bundle: Option<SocketAddr>,
 }
 
 impl Addresses {
@@ -19,6 +23,12 @@ impl Addresses {
         let mut text = serde_json::json!({"http": self.http.to_string()});
         if let Some(grpc) = self.grpc {
             text["grpc"] = grpc.to_string().into();
+        }
+        if let Some(inject) = self.inject {
+            text["inject"] = inject.to_string().into();
+        }
+        if let Some(bundle) = self.bundle {
+            text["bundle"] = bundle.to_string().into();
         }
         data.replace(FILE, format!("{text}\n").as_bytes(), Access::mode(0o644))
     }

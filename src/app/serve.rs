@@ -24,11 +24,14 @@ use crate::cluster::{AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
+use crate::core::inject::Rules;
 use crate::core::issuer::{self, Issuer};
 use crate::core::policy::{Limits, SHORTEST};
+use crate::federation::{self, Endpoint, Fetched, Fetcher};
 use crate::reconcile::Event;
 use crate::serve::queue::{self, Queue};
 use crate::serve::tls::{Names, ServingCertificate};
+use crate::serve::webhook::{self, Injector};
 use crate::serve::{self, Agents, Requests};
 use crate::sink::folder::FolderSink;
 use crate::source::folder::FolderSource;
@@ -69,6 +72,7 @@ pub fn run(args: Args, output: Output) -> Result<(), Error> {
     }
     FolderSink::check_mode(args.secrets_mode).map_err(usage)?;
     args.origin().map_err(usage)?;
+    args.injection("").map_err(usage)?;
     let own_names = args.dns_names.iter().map(ToString::to_string).collect();
     let limits = Limits { lifetime: args.ttl, longest: args.max_ttl, own_names };
     let policy = LivingPolicy::open(args.policy.as_deref(), limits).map_err(usage)?;
@@ -178,7 +182,15 @@ async fn run_with(
         true => Some(bind(args.grpc_address, "--grpc-address").await?),
         false => None,
     };
+    let inject = match args.inject_address {
+        Some(address) => Some(bind(address, "--inject-address").await?),
+        None => None,
+    };
     let (http, early) = twins(bind(args.http_address, "--http-address").await?).map_err(fault)?;
+    let bundle = match args.bundle_address {
+        Some(address) => Some(bind(address, "--bundle-address").await?),
+        None => None,
+    };
     // Before the sink, whose record shows that there was an authority.
     let open_files = listen::raise_open_files();
     let loaded = tokio::select! {
@@ -205,12 +217,28 @@ async fn run_with(
     if subjects.cluster().is_none() {
         tokens.take(tokens::issuers(&args, &data).await?);
     }
+    let wish = match subjects.cluster() {
+        Some(cluster) => {
+            let own = cluster.namespace().to_owned();
+            args.injection(&own).map_err(usage)?.map(|wish| (wish, own))
+        }
+        None => None,
+    };
     let mut tasks = JoinSet::new();
     // Whoever has istio-ca's rights has no place in the cluster for more than istio-ca kept there.
     let is_shared = subjects.cluster().is_some() && args.istio_ca.is_none();
     let Followed { liveness, nodes, first, reported, events } =
         subjects.follow(&args, &data, &policy, &tokens, &authority, &mut registry, &stopped, &mut tasks)?;
     let stopping = || stopping(&stopped);
+    let injector = match wish {
+        Some((wish, own)) => {
+            let injector = Arc::new(Injector::new(Rules { wish, own: own.clone() }));
+            injector.register(&mut registry);
+            let names = names(&args.inject_names(&own));
+            Some((injector, Arc::new(ServingCertificate::new(authority.clone(), names))))
+        }
+        None => None,
+    };
     let started = Arc::new(AtomicBool::new(false));
     let ready: admin::Ready = {
         let (authority, started, data) =
@@ -258,6 +286,45 @@ async fn run_with(
         keeper.look().await;
         tasks.spawn(until(stopping(), keeper.keep()));
     }
+    // Clients may hang on for ever, as those do that watch the health.
+    let cut_off = || {
+        let stopping = stopping();
+        async move {
+            stopping.await;
+            tokio::time::sleep(HANG_UP).await;
+        }
+    };
+    if let Some(file) = &args.federation {
+        let fetched = Arc::new(Fetched::default());
+        fetched.register(&mut registry);
+        let data = data.try_clone().map_err(fault)?;
+        let fetcher = Fetcher::open(authority.clone(), data, file.clone(), fetched);
+        let fetcher = fetcher.map_err(|e| usage(format_args!("--federation: {e}")))?;
+        tasks.spawn(until(stopping(), fetcher.keep()));
+    }
+    let bundle_address = bundle.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?;
+    if let Some(listener) = bundle {
+        let files = args.bundle_certificate.clone().zip(args.bundle_key.clone());
+        let files = files.map(|(chain, key)| federation::Files { chain, key });
+        let certificate = federation::Certificate::new(authority.clone(), files).map_err(fault)?;
+        certificate.begin().map_err(|e| usage(format_args!("--bundle-certificate: {e}")))?;
+        let certificate = Arc::new(certificate);
+        let metrics = federation::Metrics::default();
+        metrics.register(&mut registry);
+        let address = listener.local_addr().map_err(fault)?;
+        let id = certificate.id().map(tracing::field::display);
+        tracing::info!(%address, id, "the trust bundle is served to other trust domains");
+        let kept = certificate.clone();
+        tasks.spawn(until(stopping(), async move { kept.keep().await }));
+        let endpoint = Endpoint { authority: authority.clone(), certificate, metrics };
+        let (ends, cut) = (stopping(), cut_off());
+        tasks.spawn(async move {
+            tokio::select! {
+                served = federation::serve(listener, open_files, endpoint, ends) => served.map_err(fault),
+                () = cut => Ok(()),
+            }
+        });
+    }
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
     for exporter in exporters {
         let ends = stopping();
@@ -277,14 +344,8 @@ async fn run_with(
     let addresses = Addresses {
         grpc: grpc.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
         http: http.local_addr().map_err(fault)?,
-    };
-    // Clients may hang on for ever, as those do that watch the health.
-    let cut_off = || {
-        let stopping = stopping();
-        async move {
-            stopping.await;
-            tokio::time::sleep(HANG_UP).await;
-        }
+        inject: inject.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?,
+        bundle: bundle_address,
     };
     let (ends, cut, asked) = (stopping(), cut_off(), ready.clone());
     tasks.spawn(async move {
@@ -301,6 +362,19 @@ async fn run_with(
             () = cut => Ok(()),
         }
     });
+    }
+
+    if let (Some(listener), Some((injector, certificate))) = (inject, injector) {
+        certificate.begin();
+        let kept = certificate.clone();
+        tasks.spawn(until(stopping(), async move { kept.keep().await }));
+        let (ends, cut) = (stopping(), cut_off());
+        tasks.spawn(async move {
+            tokio::select! {
+                served = webhook::serve(listener, open_files, &certificate, injector, ends) => served.map_err(fault),
+                () = cut => Ok(()),
+            }
+        });
     }
 
     let announced = async {

@@ -19,7 +19,7 @@ use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
 use crate::authority::{Authority, Keeper};
 use crate::cluster::{
     AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, Leadership, Namespaces, Objects,
-    Roots, RootsOptions, Secrets, Severity, Told, Wanted,
+    Roots, RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
 };
 use crate::config::serve::{Args, MadeKind};
 use crate::core::key::KeyKind;
@@ -205,6 +205,12 @@ fn follow_cluster(
         };
         let keeper = Keeper::new(authority.clone(), ClusterKeyring::new(&cluster, leadership.clone()));
         tasks.spawn(until(stopping(stopped), keeper.keep()));
+        if let Some(webhook) = args.inject_webhook() {
+            let door = authority.clone();
+            let current = Box::new(move || door.issuer().bundle().clone());
+            let trust = Arc::new(WebhookTrust::new(&cluster, webhook, current, leadership.clone()));
+            tasks.spawn(until(stopping(stopped), async move { trust.run().await }));
+        }
         let door = authority.clone();
         let current = Box::new(move || door.issuer().bundle().clone());
         let roots = Arc::new(Roots::new(

@@ -1,8 +1,10 @@
 //! Which identities the process at the other end of the agent's socket may have.
 
 mod own_user;
+mod workloads_file;
 
 pub use own_user::OwnUser;
+pub use workloads_file::WorkloadsFile;
 
 use tokio::sync::watch;
 

@@ -53,7 +53,7 @@ impl Attestor for OwnUser {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
+    use tokio::net::UnixStream;
 
     use super::*;
     use crate::sys::peer::Moment;

@@ -16,6 +16,7 @@ mod roots;
 mod secrets;
 mod seen;
 mod watch;
+mod webhook;
 
 use std::io;
 use std::path::Path;
@@ -39,6 +40,7 @@ pub use objects::Objects;
 pub use review::TokenReviews;
 pub use roots::{Roots, RootsOptions};
 pub use secrets::{SecretWatch, Secrets, Told};
+pub use webhook::{INJECT_PERMISSIONS, WebhookTrust};
 
 use crate::auth::{Answer, KeySource};
 

@@ -6,6 +6,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::inject::{InjectMode, mounted};
 use super::serve::{self, MadeKind, ServingName};
 use super::{agent, istio_ca};
 use crate::core::lifetime::Lifetime;
@@ -133,6 +134,16 @@ pub enum Command {
         after_help = "Examples:\n  mica bench --data-dir .mica --token-file token\n  mica bench --address ca.example.org:15012 --roots root-cert.pem --certificate /etc/certs --rate 500 --duration 1m"
     )]
     Bench(Bench),
+    /// Put what pods need for their certificates into Kubernetes manifests
+    ///
+    /// Reads YAML and JSON and writes them to standard output, byte for byte as they were but for what pods lack: in Pods,
+    /// the templates of all workloads, and lists of them. What is there already is not put in again. A pod labelled or
+    /// annotated mica.dev/inject: "false" is left alone. With --check nothing is written but what would change, and the
+    /// exit code is 1 if anything would.
+    #[command(
+        after_help = "Examples:\n  mica inject -f deployment.yaml | kubectl apply -f -\n  mica inject -f app.yaml --mode agent --container app --image registry.example.org/mica:0.1.0\n  mica inject -f deployment.yaml --check"
+    )]
+    Inject(Inject),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
@@ -602,6 +613,35 @@ pub struct TokenNew {
     /// Replace FILE if it is there
     #[arg(long, requires = "out")]
     pub force: bool,
+}
+
+/// `mica inject`.
+#[derive(Debug, Args)]
+pub struct Inject {
+    /// The manifests; `-` is standard input; may be repeated
+    #[arg(short = 'f', long = "filename", value_name = "FILE", required = true)]
+    pub filenames: Vec<PathBuf>,
+    /// What pods get
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = InjectMode::Secret)]
+    pub mode: InjectMode,
+    /// The container that it is for [default: istio-proxy; with --mode token mica-agent]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub container: Option<String>,
+    /// Write what would change instead, and exit with 1 if anything would
+    #[arg(long)]
+    pub check: bool,
+    /// With --mode agent: its image [default: localhost/mica:<this version>]
+    #[arg(long, value_name = "IMAGE", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub image: Option<String>,
+    /// With --mode agent: where the authority's gRPC services listen [default: mica.istio-system.svc:15012]
+    #[arg(long, value_name = "HOST:PORT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub authority_address: Option<String>,
+    /// With --mode agent: keep files for the container too, at this path of it
+    #[arg(long, value_name = "DIR", value_parser = mounted)]
+    pub files: Option<String>,
+    /// With --mode agent or token: whom the token is for, as the server's --token-audience says it [default: istio-ca]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub token_audience: Option<String>,
 }
 
 /// `mica completions`.

@@ -208,6 +208,8 @@ impl Args {
         args.watch_namespaces = self.watched_namespace()?.into_iter().collect();
         // Of the cluster's objects istio-ca wrote secrets alone.
         args.cluster_trust_bundle = false;
+        // Nor has it the right to say what it is trusted by.
+        args.inject_address = None;
         args.istio_ca = Some(Box::new(IstioCa {
             kubeconfig: given(&self.kube_config),
             authority: self.authority()?,

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod inject;
 pub mod istio_ca;
 pub mod serve;
 pub mod trace;

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
+use super::inject::{InjectMode, Typed, mounted};
 use super::istio_ca::IstioCa;
+use crate::core::inject::Wish;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::DnsName;
@@ -185,6 +187,35 @@ pub struct Args {
     )]
     pub http_address: SocketAddr,
 
+    /// Where the SPIFFE bundle endpoint listens, over TLS, for other trust domains; port 0 picks a free one [default: none]
+    #[arg(long, value_name = "ADDRESS", env = "MICA_BUNDLE_ADDRESS", hide_env = true)]
+    pub bundle_address: Option<SocketAddr>,
+
+    /// Certificate of the bundle endpoint, leaf first (PEM), for https_web; read again when it changes [default: an
+    /// X509-SVID of the trust domain's own, for https_spiffe]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires_all = ["bundle_address", "bundle_key"],
+        env = "MICA_BUNDLE_CERTIFICATE",
+        hide_env = true
+    )]
+    pub bundle_certificate: Option<PathBuf>,
+
+    /// Key of that certificate (PEM)
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires_all = ["bundle_address", "bundle_certificate"],
+        env = "MICA_BUNDLE_KEY",
+        hide_env = true
+    )]
+    pub bundle_key: Option<PathBuf>,
+
+    /// Which other trust domains' bundles are fetched, and from where (YAML); read again when it changes
+    #[arg(long, value_name = "FILE", env = "MICA_FEDERATION", hide_env = true)]
+    pub federation: Option<PathBuf>,
+
     /// DNS names and addresses of the gRPC port's certificate
     #[arg(
         long,
@@ -242,6 +273,77 @@ pub struct Args {
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "MICA_LOG_LEVEL", hide_env = true)]
     pub log_level: tracing::Level,
 
+    /// Where the API server asks what pods that are being made lack, over TLS (an admission webhook) [default: none]
+    #[arg(long, value_name = "ADDRESS", requires = "kube", env = "MICA_INJECT_ADDRESS", hide_env = true)]
+    pub inject_address: Option<SocketAddr>,
+
+    /// DNS names and addresses of that port's certificate [default: mica-inject.<NAMESPACE>.svc]
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        requires = "inject_address",
+        env = "MICA_INJECT_DNS_NAMES",
+        hide_env = true
+    )]
+    pub inject_dns_names: Vec<ServingName>,
+
+    /// MutatingWebhookConfiguration whose caBundle is kept, or none
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "mica-inject",
+        value_parser = webhook,
+        env = "MICA_INJECT_WEBHOOK",
+        hide_env = true
+    )]
+    pub inject_webhook: String,
+
+    /// What pods get from that port, as of `mica inject --mode`
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_enum,
+        default_value_t = InjectMode::Secret,
+        env = "MICA_INJECT_MODE",
+        hide_env = true
+    )]
+    pub inject_mode: InjectMode,
+
+    /// The container that it is for, as of `mica inject --container` [default: istio-proxy; with --inject-mode token
+    /// mica-agent]
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "inject_address",
+        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        env = "MICA_INJECT_CONTAINER",
+        hide_env = true
+    )]
+    pub inject_container: Option<String>,
+
+    /// With --inject-mode agent: its image, as of `mica inject --image` [default: localhost/mica:<this version>]
+    #[arg(
+        long,
+        value_name = "IMAGE",
+        requires = "inject_address",
+        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        env = "MICA_INJECT_IMAGE",
+        hide_env = true
+    )]
+    pub inject_image: Option<String>,
+
+    /// With --inject-mode agent: where it keeps files too, as of `mica inject --files` [default: none]
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "inject_address",
+        value_parser = mounted,
+        env = "MICA_INJECT_FILES",
+        hide_env = true
+    )]
+    pub inject_files: Option<String>,
+
     /// What else `mica istio-ca` asks for.
     #[arg(skip)]
     pub istio_ca: Option<Box<IstioCa>>,
@@ -295,6 +397,35 @@ impl Args {
             ));
         }
         Ok(Origin::Cluster)
+    }
+
+    /// What pods get from the admission webhook in a cluster whose Mica is in a namespace, if there is one.
+    pub fn injection(&self, namespace: &str) -> Result<Option<Wish>, String> {
+        let typed = Typed {
+            prefix: "--inject-",
+            mode: self.inject_mode,
+            container: self.inject_container.as_deref(),
+            image: self.inject_image.as_deref(),
+            files: self.inject_files.as_deref(),
+            authority: &format!("mica.{namespace}.svc:15012"),
+            audience: &self.token_audience,
+        };
+        self.inject_address.map(|_| typed.wish()).transpose()
+    }
+
+    /// The names of its certificate.
+    pub fn inject_names(&self, namespace: &str) -> Vec<ServingName> {
+        if self.inject_dns_names.is_empty() {
+            let name = format!("mica-inject.{namespace}.svc");
+            return name.parse().map(ServingName::Dns).into_iter().collect();
+        }
+        self.inject_dns_names.clone()
+    }
+
+    /// The MutatingWebhookConfiguration to keep, if there is one.
+    pub fn inject_webhook(&self) -> Option<&str> {
+        self.inject_address?;
+        Some(self.inject_webhook.as_str()).filter(|name| *name != NONE)
     }
 
     /// The name of the ConfigMap that the roots are distributed in, if they are.
@@ -368,6 +499,17 @@ fn namespace(name: &str) -> Result<String, String> {
     } else {
         Err("no namespace can have this name: give 1 to 63 of a-z, 0-9 and -, with none of them - at an end"
             .to_owned())
+    }
+}
+
+fn webhook(name: &str) -> Result<String, String> {
+    match name {
+        "" => Ok(NONE.to_owned()),
+        name if is_dns_subdomain(name) => Ok(name.to_owned()),
+        _ => {
+            Err("no MutatingWebhookConfiguration can have this name: give a DNS subdomain, or none"
+                .to_owned())
+        }
     }
 }
 

@@ -196,7 +196,7 @@ impl Document {
     }
 }
 
-fn root(key: &serde_json::Value) -> Result<Option<Certificate>, String> {
+pub(super) fn root(key: &serde_json::Value) -> Result<Option<Certificate>, String> {
     let text = |name: &str| key.get(name).and_then(serde_json::Value::as_str);
     if text("use") != Some("x509-svid") || !matches!(text("kty"), Some("EC" | "RSA" | "OKP")) {
         return Ok(None);

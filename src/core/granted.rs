@@ -101,3 +101,89 @@ pub fn accepted_by(
 fn shown(faults: &[chain::Fault]) -> String {
     faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use time::macros::datetime;
+
+    use super::super::issuer::{Issuer, Order, root};
+    use super::super::key::{KeyKind, PrivateKey};
+    use super::super::profile::Profile;
+    use super::super::spiffe::TrustDomain;
+    use super::*;
+    use crate::sys::keys;
+
+    const NOW: OffsetDateTime = datetime!(2026-01-02 03:04:05 UTC);
+
+    fn domain() -> TrustDomain {
+        TrustDomain::parse("cluster.local").unwrap()
+    }
+
+    fn id(name: &str) -> SpiffeId {
+        SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{name}")).unwrap()
+    }
+
+    fn authority() -> Issuer {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let organization = "example".parse().unwrap();
+        let profile = Profile::Root { organization: &organization, trust_domain: &domain() };
+        let made = root(&key, &profile, "10y".parse().unwrap(), NOW, keys::serial_number().unwrap()).unwrap();
+        let made = Certificate::from_der(made.der()).unwrap();
+        let bundle = TrustBundle::new([made.clone()]).unwrap();
+        Issuer::new(Arc::new(key), &[made], bundle, &domain()).unwrap()
+    }
+
+    fn leaf(issuer: &Issuer, key: &PrivateKey, name: &str) -> String {
+        let id = id(name);
+        let profile = Profile::Workload { id: &id, dns: &[], proved_at: None };
+        let order = Order { profile, key: key.public(), lifetime: "1h".parse().unwrap() };
+        let issued = issuer.issue(&order, NOW, keys::serial_number().unwrap()).unwrap();
+        Certificate::from_der(issued.der()).unwrap().to_pem()
+    }
+
+    #[test]
+    fn what_peers_would_refuse_is_refused() {
+        let (ours, other) = (authority(), authority());
+        let key = keys::generate(KeyKind::P256).unwrap();
+        let roots = ours.bundle().pem().to_string();
+        let web = leaf(&ours, &key, "web");
+        let judged = |answer: &[String], at| {
+            Granted::checked(answer, key.public(), Some(&id("web")), at).map(|granted| granted.id)
+        };
+        assert_eq!(judged(&[web.clone(), roots.clone()], NOW), Ok(id("web")));
+
+        assert_eq!(judged(&[], NOW), Err(Error::Elements(0)));
+        assert_eq!(judged(std::slice::from_ref(&web), NOW), Err(Error::Elements(1)));
+        let both = format!("{web}{web}");
+        assert_eq!(judged(&[both, roots.clone()], NOW), Err(Error::Several { number: 1, count: 2 }));
+        assert!(matches!(
+            judged(&["-".to_owned(), roots.clone()], NOW),
+            Err(Error::Unreadable { number: 1, .. })
+        ));
+        assert!(matches!(judged(&[web.clone(), String::new()], NOW), Err(Error::Bundle(_))));
+        // A leaf where the roots belong.
+        assert!(matches!(judged(&[web.clone(), web.clone()], NOW), Err(Error::Bundle(_))));
+        let chain = |answer: &[String], at| matches!(judged(answer, at), Err(Error::Chain(_)));
+        assert!(chain(&[web.clone(), other.bundle().pem().to_string()], NOW), "another root");
+        assert!(chain(&[leaf(&ours, &key, "db"), roots.clone()], NOW), "somebody else's");
+        assert!(chain(&[web.clone(), roots.clone()], NOW + time::Duration::hours(2)), "expired");
+        assert!(chain(&[web.clone(), roots.clone()], NOW - time::Duration::hours(2)), "not yet valid");
+        let theirs = keys::generate(KeyKind::P256).unwrap();
+        assert_eq!(judged(&[leaf(&ours, &theirs, "web"), roots.clone()], NOW), Err(Error::OtherKey));
+    }
+
+    /// The authority has gone over to a root that peers do not hold yet.
+    #[test]
+    fn a_chain_to_a_root_that_peers_do_not_hold_is_refused() {
+        let (ours, next) = (authority(), authority());
+        let key = keys::generate(KeyKind::P256).unwrap();
+        let answer = [leaf(&next, &key, "web"), next.bundle().pem().to_string()];
+        let granted = Granted::checked(&answer, key.public(), None, NOW).unwrap();
+        let held = ours.bundle();
+        assert!(matches!(accepted_by(&granted.chain, &granted.id, held, NOW), Err(Error::Unknown(_))));
+        let both = held.merged(next.bundle()).unwrap();
+        assert_eq!(accepted_by(&granted.chain, &granted.id, &both, NOW), Ok(()));
+    }
+}

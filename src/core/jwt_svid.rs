@@ -1,5 +1,7 @@
 //! JWT-SVIDs (JWT-SVID.md): the tokens by which a workload is known where no certificate can be shown.
 
+pub mod validate;
+
 use std::time::Duration;
 
 use base64::Engine as _;

@@ -238,3 +238,114 @@ fn active(keys: &[Arc<Key>], now: OffsetDateTime) -> Option<&Arc<Key>> {
         .max_by_key(|key| key.from)
         .or_else(|| usable().min_by_key(|key| key.from))
 }
+
+#[cfg(test)]
+mod tests {
+    use time::macros::datetime;
+
+    use super::*;
+    use crate::core::certificate::Certificate;
+    use crate::core::issuer;
+    use crate::core::profile::Profile;
+    use crate::core::spiffe::TrustDomain;
+    use crate::sys::keys;
+
+    const NOW: OffsetDateTime = datetime!(2026-01-02 03:04:05 UTC);
+
+    fn roots() -> TrustBundle {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let organization = "example".parse().unwrap();
+        let domain = TrustDomain::parse("example.org").unwrap();
+        let profile = Profile::Root { organization: &organization, trust_domain: &domain };
+        let serial = keys::serial_number().unwrap();
+        let root = issuer::root(&key, &profile, "1y".parse().unwrap(), NOW, serial).unwrap();
+        TrustBundle::new([Certificate::from_der(root.der()).unwrap()]).unwrap()
+    }
+
+    fn next(before: Option<&Keyring>, roots: &TrustBundle, now: OffsetDateTime) -> Option<Keyring> {
+        Keyring::next(before, roots, now, 0, false, || keys::generate(KIND)).unwrap()
+    }
+
+    /// Hour by hour over ten days, with each token that could be signed.
+    #[test]
+    fn every_token_is_verified_by_every_bundle_until_it_expires() {
+        let roots = roots();
+        let mut state = next(None, &roots, NOW).unwrap();
+        let mut published_at = std::collections::BTreeMap::new();
+        let mut signed: Vec<(OffsetDateTime, String)> = Vec::new();
+        let step = Duration::from_secs(600);
+        for n in 0..(10 * 144) {
+            let now = NOW + step * n;
+            if let Some(changed) = next(Some(&state), &roots, now) {
+                assert!(changed.sequence() > state.sequence());
+                state = changed;
+            }
+            let bundle = state.bundle(&roots).unwrap();
+            assert!((1..=4).contains(&bundle.jwt.len()), "{bundle:?}");
+            let kids: Vec<_> = bundle.jwt.iter().map(|key| key.kid().to_owned()).collect();
+            for kid in &kids {
+                published_at.entry(kid.clone()).or_insert(now);
+            }
+            let active = state.active(now).unwrap().kid().to_owned();
+            // Published long before it signs, but for the first.
+            assert!(n == 0 || now - published_at[&active] >= AHEAD || published_at[&active] == NOW);
+            signed.push((now + LONGEST.duration(), active));
+            signed.retain(|(expires, _)| *expires + BEHIND > now);
+            assert!(signed.iter().all(|(_, kid)| kids.contains(kid)));
+        }
+        assert_eq!(published_at.len(), 11);
+    }
+
+    #[test]
+    fn a_number_never_goes_back_and_is_no_older_than_the_clock() {
+        let roots = roots();
+        let clock = |at: OffsetDateTime| u64::try_from(at.unix_timestamp_nanos() / 1_000_000).unwrap();
+        let first = next(None, &roots, NOW).unwrap();
+        assert_eq!(first.sequence(), clock(NOW));
+        assert!(next(Some(&first), &roots, NOW + Duration::from_secs(60)).is_none());
+        // Who begins to write, and who has seen a greater one.
+        let begins = |floor, begins, now| {
+            Keyring::next(Some(&first), &roots, now, floor, begins, || keys::generate(KIND)).unwrap()
+        };
+        assert_eq!(begins(0, true, NOW).unwrap().sequence(), clock(NOW) + 1);
+        let later = NOW + Duration::from_secs(60);
+        assert_eq!(begins(0, true, later).unwrap().sequence(), clock(later));
+        assert_eq!(begins(clock(later) + 5, false, later).unwrap().sequence(), clock(later) + 6);
+        // A clock that was set back changes nothing, or by one.
+        let back = NOW - Duration::from_secs(7_200);
+        assert!(begins(0, false, back).is_none());
+        assert_eq!(begins(0, true, back).unwrap().sequence(), clock(NOW) + 1);
+        assert_eq!(first.active(back).unwrap().kid(), first.active(NOW).unwrap().kid());
+        // With other roots it is another bundle.
+        let other = self::roots();
+        assert!(first.bundle(&other).is_none());
+        assert!(next(Some(&first), &other, NOW).unwrap().bundle(&other).is_some());
+    }
+
+    #[test]
+    fn a_clock_that_was_far_ahead_leaves_no_key_for_later() {
+        let roots = roots();
+        let ahead = next(None, &roots, NOW + Duration::from_secs(365 * 86_400)).unwrap();
+        let state = next(Some(&ahead), &roots, NOW).unwrap();
+        assert_eq!(state.keys().len(), 1);
+        assert!(state.active(NOW).is_some() && state.sequence() > ahead.sequence());
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written_and_shows_no_key() {
+        let roots = roots();
+        let state = next(None, &roots, NOW).unwrap();
+        let text = state.to_json();
+        let read = Keyring::from_json(text.as_bytes()).unwrap();
+        assert_eq!(read.bundle(&roots), state.bundle(&roots));
+        assert!(next(Some(&read), &roots, NOW).is_none());
+        let secret = STANDARD.encode(state.keys()[0].private.pkcs8());
+        assert!(text.contains(&secret) && !format!("{state:?}").contains(&secret));
+        let cut = text.replace(&secret, &secret[..40]);
+        for bad in ["", "{}", "[]", "garbage", &cut] {
+            let fault = Keyring::from_json(bad.as_bytes()).unwrap_err();
+            assert!(!fault.to_string().contains(&secret[..20]), "{fault}");
+        }
+        assert!(next(Some(&state.without_keys()), &roots, NOW).unwrap().sequence() > state.sequence());
+    }
+}

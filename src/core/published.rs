@@ -4,11 +4,14 @@
 use std::fmt;
 
 use ring::digest::{SHA256, digest};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::bundle::{self, Error};
+use super::bundle::{self, Error, TrustBundle};
 use super::certificate::Certificate;
 use super::key::PublicKey;
+use super::spiffe::shortened;
+use super::token::json;
+use super::token::jwks::SECRETS;
 
 /// Of one trust domain. Never merged with another's.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -48,6 +51,18 @@ impl JwtAuthority {
         Self { kid: kid.to_owned(), jwk }
     }
 
+    /// None for keys of other uses and kinds.
+    fn read(jwk: &Map<String, Value>) -> Result<Option<Self>, String> {
+        let text = |name: &str| jwk.get(name).and_then(Value::as_str);
+        if text("use") != Some(JWT_SVID) || !matches!(text("kty"), Some("EC" | "RSA")) {
+            return Ok(None);
+        }
+        let kid = text("kid").filter(|kid| !kid.is_empty()).ok_or("it has no kid")?.to_owned();
+        let members = jwk.iter().filter(|(name, _)| MEMBERS.contains(&name.as_str()));
+        let jwk = members.map(|(name, value)| (name.clone(), value.clone())).collect();
+        Ok(Some(Self { kid, jwk }))
+    }
+
     /// What tokens call it.
     pub fn kid(&self) -> &str {
         &self.kid
@@ -61,15 +76,73 @@ impl fmt::Debug for JwtAuthority {
 }
 
 const JWT_SVID: &str = "jwt-svid";
+/// What a public key consists of (RFC 7518 6.2, 6.3); nothing else is passed on.
+const MEMBERS: [&str; 9] = ["alg", "crv", "e", "kid", "kty", "n", "use", "x", "y"];
+/// More keys than these are refused.
+const MAX_KEYS: usize = 256;
 
 impl Published {
+    /// Reads what another trust domain publishes. Keys of other uses and of unknown kinds are passed over (4.1.3), whatever
+    /// else is wrong refuses all of it. No key at all is something that may be published: nobody there is trusted then.
+    pub fn from_json(text: &[u8]) -> Result<Self, Error> {
+        if text.len() > bundle::MAX {
+            return Err(Error::TooLong(text.len()));
+        }
+        let document = json::object(text).map_err(Error::Json)?;
+        let malformed = |what: &str| Error::Json(what.to_owned());
+        let Some(Value::Array(keys)) = document.get("keys") else {
+            return Err(malformed("it has no list of keys"));
+        };
+        if keys.len() > MAX_KEYS {
+            return Err(Error::Json(format!("it has {} keys, and at most {MAX_KEYS} are taken", keys.len())));
+        }
+        let number = |name: &str| match document.get(name) {
+            None => Ok(None),
+            Some(value) => {
+                value.as_u64().map(Some).ok_or_else(|| Error::Json(format!("its {name} is no whole number")))
+            }
+        };
+        let mut read = Self {
+            sequence: number("spiffe_sequence")?,
+            refresh_hint: number("spiffe_refresh_hint")?,
+            ..Self::default()
+        };
+        for (key, number) in keys.iter().zip(1..) {
+            let refused = |fault: String| Error::Key { number, fault };
+            let Value::Object(jwk) = key else { continue };
+            if let Some(secret) = SECRETS.into_iter().find(|secret| jwk.contains_key(*secret)) {
+                return Err(refused(format!("it has the member {secret:?}, which is secret")));
+            }
+            if let Some(root) = bundle::root(key).map_err(refused)? {
+                if !root.is_ca {
+                    return Err(Error::NotCa { number, serial: root.serial_text() });
+                }
+                if read.x509.contains(&root) {
+                    return Err(refused("it is there twice".to_owned()));
+                }
+                read.x509.push(root);
+            } else if let Some(key) = JwtAuthority::read(jwk).map_err(refused)? {
+                if read.jwt.iter().any(|other| other.kid == key.kid) {
+                    return Err(refused(format!("another one has the kid {:?}, too", shortened(&key.kid))));
+                }
+                read.jwt.push(key);
+            }
+        }
+        Ok(read)
+    }
+
+    /// The roots, for what takes no empty bundle.
+    pub fn roots(&self) -> Result<TrustBundle, Error> {
+        TrustBundle::new(self.x509.iter().cloned())
+    }
+
     /// The JWT keys alone, as a JWK Set; empty if there is none.
     pub fn jwks(&self) -> String {
         if self.jwt.is_empty() {
             return String::new();
         }
         let keys: Vec<_> = self.jwt.iter().map(|key| &key.jwk).collect();
-        json!({ "keys": keys }).to_string()
+        serde_json::json!({ "keys": keys }).to_string()
     }
 
     /// All of it, as the SPIFFE bundle endpoint serves it.
@@ -80,7 +153,7 @@ impl Published {
             keys.push(serde_json::to_value(bundle::jwk(root)?).map_err(failed)?);
         }
         keys.extend(self.jwt.iter().map(|key| Value::Object(key.jwk.clone())));
-        let mut document = json!({ "keys": keys });
+        let mut document = serde_json::json!({ "keys": keys });
         for (name, number) in [("spiffe_sequence", self.sequence), ("spiffe_refresh_hint", self.refresh_hint)]
         {
             if let Some(number) = number {

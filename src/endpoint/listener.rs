@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tonic::transport::server::Connected;
 
 use crate::sys::listen::{Places, Stream};
@@ -16,6 +16,9 @@ use crate::sys::peer::{Moment, Process};
 
 /// Clients that are there answer a ping after 30 seconds.
 const IDLE: Duration = Duration::from_secs(60);
+
+/// Without the kernel's word on who connected, a process has to be older than this to be known for sure.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Accepts for ever: a connection that fails ends nothing but itself. When `most` are there, the user with the most
 /// connections loses one, of the process with the most.
@@ -30,7 +33,7 @@ pub(super) async fn accept(
         if let Some(moment) = Moment::when_nobody_waits(&listener) {
             before = moment;
         }
-        let outcome = listener.accept().await;
+        let Ok(outcome) = timeout(LOOK, listener.accept()).await else { continue };
         let stream = match outcome {
             Ok((stream, _)) => stream,
             Err(fault) => {

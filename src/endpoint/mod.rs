@@ -4,6 +4,7 @@
 mod bounds;
 mod listener;
 pub mod sds;
+mod workload;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::{Extensions, Status};
 
@@ -77,6 +79,7 @@ impl Endpoint {
 pub async fn serve(
     listener: std::os::unix::net::UnixListener,
     open_files: usize,
+    endpoint: Endpoint,
     sds: SecretDiscoveryServiceServer<impl SecretDiscoveryService>,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
@@ -107,6 +110,7 @@ pub async fn serve(
             room.bound(reflection().build_v1alpha()?.max_decoding_message_size(bounds::LARGEST_MESSAGE)),
         )
         .add_service(room.bound(sds))
+        .add_service(InterceptedService::new(room.bound(workload::service(endpoint)), workload::guarded))
         .serve_with_incoming_shutdown(incoming, async { drop(stopped.await) });
     tokio::pin!(serving);
     let most = CONNECTIONS.min(open_files / 2);

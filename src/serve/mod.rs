@@ -13,6 +13,7 @@ mod mica;
 pub mod queue;
 mod requests;
 pub mod tls;
+pub mod webhook;
 
 use std::future::Future;
 use std::io;
@@ -155,7 +156,7 @@ pub async fn serve(
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {
         served = serving => Ok(served?),
-        () = accept(listener, acceptor, open_files / 4, accepted) => Ok(()),
+        () = accept(listener, acceptor, (open_files / 4, IDLE), accepted) => Ok(()),
     }
 }
 
@@ -163,7 +164,7 @@ pub async fn serve(
 async fn accept(
     mut listener: Listener,
     acceptor: TlsAcceptor,
-    most: usize,
+    (most, idle): (usize, Duration),
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
     let places = Places::new(most);
@@ -181,7 +182,7 @@ async fn accept(
             let Some(place) = places.take(source) else {
                 return tracing::warn!(most, %source, "a client is sent away: too many are connected");
             };
-            stream.get_mut().0.stay(IDLE, place);
+            stream.get_mut().0.stay(idle, place);
             drop(accepted.send(Ok(Connection::new(stream, source))).await);
         });
     }

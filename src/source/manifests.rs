@@ -13,6 +13,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::yaml;
+use crate::core::documents::{Document, Documents};
 use crate::core::spiffe::ServiceAccount;
 
 /// Faults told one by one; a hostile text may hold millions.
@@ -50,8 +51,7 @@ pub fn accounts_in(text: &[u8]) -> Manifests {
         found.fault("the text is UTF-16; save it as UTF-8");
         return found.finish();
     }
-    let mut documents = Documents { text, position: 0 };
-    while let Some(document) = documents.next() {
+    for document in Documents::new(text) {
         read_document(&document, &mut found);
     }
     found.finish()
@@ -108,86 +108,6 @@ fn plain(message: &str) -> String {
     line.trim().to_owned()
 }
 
-/// One document of a text, its `---` and any directives included.
-struct Document<'a> {
-    start: usize,
-    text: &'a [u8],
-    /// Without its `---` line's marker, if that is all there is before it; where JSON would begin.
-    body: &'a [u8],
-    /// False if there is nothing but comments.
-    has_content: bool,
-}
-
-/// Cuts a text at the lines that mark documents, which no document can contain (YAML 1.2, 9.1.2).
-struct Documents<'a> {
-    text: &'a [u8],
-    position: usize,
-}
-
-impl<'a> Documents<'a> {
-    fn next(&mut self) -> Option<Document<'a>> {
-        let mut start = self.position;
-        let mut marked = false;
-        let mut has_content = false;
-        let mut body = start;
-        let mut at = start;
-        while at < self.text.len() {
-            let rest = &self.text[at..];
-            let end = rest
-                .iter()
-                .position(|byte| matches!(byte, b'\n' | b'\r'))
-                .map_or(self.text.len(), |end| at + end + 1);
-            let line = &self.text[at..end];
-            let bom = if line.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
-            let line = &line[bom..];
-            if is_marker(line, b"---") {
-                if marked || has_content {
-                    self.position = at;
-                    return Some(self.document(start, at, body, has_content));
-                }
-                marked = true;
-                body = at + bom + 3;
-                has_content = !is_blank(&line[3..]);
-                if bom > 0 {
-                    start = at + bom;
-                }
-            } else if is_marker(line, b"...") {
-                if marked || has_content {
-                    let document = self.document(start, at, body, has_content);
-                    self.position = end;
-                    return Some(document);
-                }
-                start = end;
-                body = end;
-            } else if !has_content && !is_blank(line) && (marked || line.first() != Some(&b'%')) {
-                has_content = true;
-                if bom > 0 && !marked {
-                    start = at + bom;
-                    body = start;
-                }
-            }
-            at = end;
-        }
-        self.position = at;
-        (marked || has_content).then(|| self.document(start, at, body, has_content))
-    }
-
-    fn document(&self, start: usize, end: usize, body: usize, has_content: bool) -> Document<'a> {
-        Document { start, text: &self.text[start..end], body: &self.text[body..end], has_content }
-    }
-}
-
-fn is_marker(line: &[u8], marker: &[u8; 3]) -> bool {
-    line.strip_prefix(marker)
-        .is_some_and(|rest| matches!(rest.first(), None | Some(b' ' | b'\t' | b'\r' | b'\n')))
-}
-
-/// White space and comments alone.
-fn is_blank(line: &[u8]) -> bool {
-    let line = line.trim_ascii_start();
-    matches!(line.first(), None | Some(b'#'))
-}
-
 /// Counts the document, or the several that JSON may hold.
 fn read_document(document: &Document<'_>, found: &mut Found<'_>) {
     found.document += 1;
@@ -203,7 +123,7 @@ fn read_document(document: &Document<'_>, found: &mut Found<'_>) {
             return;
         }
     };
-    if document.body.trim_ascii_start().first() == Some(&b'{') {
+    if document.begins_as_json() {
         read_json(document, text, found);
         return;
     }

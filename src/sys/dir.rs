@@ -305,18 +305,6 @@ impl Dir {
         }
     }
 
-    /// Opens a folder whoever else may write to it, making it (with this mode) if it is not there: for what others can
-    /// only disturb and not betray.
-    pub fn open_shared(path: &Path, create: u32) -> Result<Self, Error> {
-        let failed = |action, source: io::Error| Error::Io { action, path: path.to_owned(), source };
-        let mut builder = std::fs::DirBuilder::new();
-        std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), create);
-        builder.create(path).map_err(|e| failed("make", e))?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = fs::open(path, flags, Mode::empty()).map_err(|e| failed("open", e.into()))?;
-        Ok(Self { fd, path: path.to_owned() })
-    }
-
     /// Opens a folder in this one.
     pub fn subdir(&self, name: &str) -> Result<Self, Error> {
         self.open_folder(name, OFlags::RDONLY)

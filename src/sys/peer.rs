@@ -15,6 +15,7 @@ use rustix::fs::{self, AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::time::{ClockId, clock_gettime};
+use tokio::net::UnixStream;
 
 /// A process as the kernel knew it when it connected. Its number is its own only as long as it lives, which its handle
 /// tells.
@@ -36,7 +37,7 @@ pub enum Error {
     /// It connected and ended.
     #[error("process {0} of the caller has ended")]
     Gone(u32),
-    /// A kernel before 6.5 does not say whether the number is still the caller's.
+    /// The number may have become another's between the connection and now.
     #[error(
         "process {0} may have begun after the connection was made, so it may not be the caller; it may connect again"
     )]
@@ -84,19 +85,21 @@ impl Moment {
 
 impl Process {
     /// Who connected. `before` is a moment before the connection was made.
-    pub fn at_other_end(socket: &impl AsFd, before: Moment) -> Result<Self, Error> {
-        let failed = |action, pid, source: io::Error| Error::Io { action, pid, source };
-        let told = getsockopt(&socket.as_fd(), sockopt::PeerCredentials);
-        let told = told.map_err(|errno| failed("learn the credentials", 0, errno.into()))?;
-        let pid = told.pid().unsigned_abs();
-        let handle = match getsockopt(&socket.as_fd(), sockopt::PeerPidfd) {
+    pub fn at_other_end(socket: &UnixStream, before: Moment) -> Result<Self, Error> {
+        let told = socket.peer_cred();
+        let told = told.map_err(|source| Error::Io { action: "learn the credentials", pid: 0, source })?;
+        let pid = told.pid().unwrap_or_default().unsigned_abs();
+        let handle = match getsockopt(socket, sockopt::PeerPidfd) {
             Ok(handle) => handle,
+            // Linux before 6.5.
+            Err(nix::errno::Errno::ENOPROTOOPT) => opened(pid, before)?,
             Err(nix::errno::Errno::ESRCH | nix::errno::Errno::EINVAL | nix::errno::Errno::ENODATA) => {
                 return Err(Error::Gone(pid));
             }
-            // Linux before 6.5.
-            Err(nix::errno::Errno::ENOPROTOOPT) => opened(pid, before)?,
-            Err(errno) => return Err(failed("get a handle", pid, errno.into())),
+            Err(errno) => {
+                let source = io::Error::from(errno);
+                return Err(Error::Io { action: "get a handle", pid, source });
+            }
         };
         let process = Self { pid, uid: told.uid(), gid: told.gid(), handle: Arc::new(handle) };
         match process.is_alive() {
@@ -233,7 +236,6 @@ fn without_deleted(path: PathBuf) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
     use std::process::{Command, Stdio};
 
     use super::*;
@@ -244,8 +246,8 @@ mod tests {
         Process { pid: child.id(), uid: 0, gid: 0, handle: Arc::new(handle) }
     }
 
-    #[test]
-    fn who_connected_is_known() {
+    #[tokio::test]
+    async fn who_connected_is_known() {
         let (one, _other) = UnixStream::pair().unwrap();
         let us = Process::at_other_end(&one, Moment::now()).unwrap();
         assert_eq!(us.pid, std::process::id());
@@ -291,7 +293,7 @@ mod tests {
         let listener = std::os::unix::net::UnixListener::bind(folder.path().join("s")).unwrap();
         let before = Moment::now();
         assert!(Moment::when_nobody_waits(&listener).is_some_and(|moment| moment >= before));
-        let _waiting = UnixStream::connect(folder.path().join("s")).unwrap();
+        let _waiting = std::os::unix::net::UnixStream::connect(folder.path().join("s")).unwrap();
         assert_eq!(Moment::when_nobody_waits(&listener), None);
     }
 

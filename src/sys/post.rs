@@ -11,7 +11,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use super::fetch::{Unconnected, chain, connector};
+use super::fetch::{Trust, Unconnected, chain, connector};
 use crate::core::url::Url;
 
 /// From the first packet to the last byte.
@@ -57,7 +57,7 @@ impl Post {
         let client = match &self.client {
             Some(client) => client,
             None => {
-                let connector = connector(&self.url).await.map_err(|fault| match fault {
+                let connector = connector(&self.url, Trust::System).await.map_err(|fault| match fault {
                     Unconnected::Roots(fault) => format!("the system's trust roots cannot be read: {fault}"),
                     Unconnected::Other(fault) => fault,
                 })?;

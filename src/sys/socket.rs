@@ -148,13 +148,8 @@ fn lock_name(name: &str) -> String {
 /// The folder, made if need be. In a volume that the containers of a pod share, all of them may write.
 fn folder(path: &Path) -> Result<(Dir, Option<String>), dir::Error> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match Dir::open_trusted(folder, Some(0o755)) {
-        Ok(dir) => Ok((dir, None)),
-        Err(untrusted @ dir::Error::Untrusted { .. }) => {
-            Ok((Dir::open_shared(folder, 0o755)?, Some(untrusted.to_string())))
-        }
-        Err(error) => Err(error),
-    }
+    let (dir, untrusted) = Dir::open_given(folder, 0o755)?;
+    Ok((dir, untrusted.map(|error| error.to_string())))
 }
 
 /// Removes a socket that was left over; tells whether there was one.

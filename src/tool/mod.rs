@@ -6,6 +6,7 @@ mod bundle;
 mod connect;
 mod csr;
 mod explain;
+mod inject;
 mod inspect;
 mod intermediate;
 mod reference;
@@ -31,7 +32,7 @@ use crate::core::issuer;
 use crate::core::key::PrivateKey;
 use crate::core::lifetime::shown;
 use crate::core::spiffe::TrustDomain;
-use crate::core::{authority_files, certificate, csr as core_csr, key, pem, profile};
+use crate::core::{authority_files, certificate, csr as core_csr, inject as core_inject, key, pem, profile};
 use crate::sys::{files, keys};
 
 /// The most that is read of a file.
@@ -135,6 +136,14 @@ pub enum Error {
         /// What is wrong with it.
         fault: core_bundle::Error,
     },
+    /// Manifests that nothing can be put into.
+    #[error("{name}: {fault}")]
+    Inject {
+        /// Which.
+        name: String,
+        /// Why not.
+        fault: core_inject::Error,
+    },
     /// A running authority.
     #[error(transparent)]
     Client(#[from] client::Error),
@@ -193,6 +202,7 @@ pub fn run(command: Command) -> Option<Result<Report, Error>> {
         Command::Csr(CsrCommand::Request(arguments)) => request::request(&arguments),
         Command::Explain(arguments) => explain::explain(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
+        Command::Inject(arguments) => inject::inject(&arguments),
         Command::Sign(arguments) => sign::sign(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Verify(arguments) => verify::verify(&arguments),

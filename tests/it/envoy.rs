@@ -35,16 +35,44 @@ pub(crate) struct Mesh {
     pub(crate) plain_address: SocketAddr,
 }
 
+/// Where an Envoy has its certificate and its roots from.
+#[derive(Clone, Copy)]
+pub(crate) enum Secrets<'a> {
+    /// From the files `identity.json` and `roots.json` in a folder.
+    Files(&'a Path),
+    /// Over SDS, from a Unix socket.
+    Sds {
+        socket: &'a Path,
+        /// `GRPC` or `DELTA_GRPC`.
+        api: &'a str,
+        identity: &'a str,
+        roots: &'a str,
+    },
+}
+
 impl Mesh {
+    /// Starts both over SDS.
+    pub(crate) fn start_over_sds(server: (Secrets<'_>, &str), client: (Secrets<'_>, &str)) -> Self {
+        let ((server, server_id), (client, client_id)) = (server, client);
+        let server = Envoy::over_sds("server", &server, &server_resources(&server, client_id));
+        let tls_address = server.listener();
+        let resources = client_resources(&client, server_id, tls_address);
+        let client = Envoy::over_sds("client", &client, &resources);
+        let plain_address = client.listener();
+        Self { server, client, tls_address, plain_address }
+    }
+
     /// Starts both. Each lets in the other's identity and no other one.
     pub(crate) fn start(server: (&Path, &str), client: (&Path, &str)) -> Self {
         let (server_folder, server_id) = server;
         let (client_folder, client_id) = client;
-        let server =
-            Envoy::start("server", server_folder, "..data/", |work| server_resources(work, client_id));
+        let server = Envoy::start("server", server_folder, "..data/", |work| {
+            server_resources(&Secrets::Files(work), client_id)
+        });
         let tls_address = server.listener();
-        let client =
-            Envoy::start("client", client_folder, "", |work| client_resources(work, server_id, tls_address));
+        let client = Envoy::start("client", client_folder, "", |work| {
+            client_resources(&Secrets::Files(work), server_id, tls_address)
+        });
         let plain_address = client.listener();
         Self { server, client, tls_address, plain_address }
     }
@@ -108,16 +136,33 @@ impl std::ops::Deref for Envoy {
 impl Envoy {
     fn start(name: &'static str, folder: &Path, through: &str, resources: impl Fn(&Path) -> Value) -> Self {
         let work = tempfile::tempdir().expect("a temporary folder");
-        let [bootstrap, log, admin_file] =
-            ["bootstrap.json", "log", "admin"].map(|file| work.path().join(file));
         write_json(&secrets_file(work.path(), "identity"), &identity_secret(folder, through));
         write_json(&secrets_file(work.path(), "roots"), &roots_secret(folder, through));
+        let resources = resources(work.path());
+        Self::start_in(work, name, &resources)
+    }
+
+    /// With the agent as one of its clusters.
+    pub(crate) fn over_sds(name: &'static str, secrets: &Secrets<'_>, resources: &Value) -> Self {
+        let Secrets::Sds { socket, .. } = secrets else { panic!("not over SDS") };
+        let mut resources = resources.clone();
+        let clusters = &mut resources["clusters"];
+        if clusters.is_null() {
+            *clusters = json!([]);
+        }
+        clusters.as_array_mut().expect("clusters").push(agent(socket));
+        Self::start_in(tempfile::tempdir().expect("a temporary folder"), name, &resources)
+    }
+
+    fn start_in(work: tempfile::TempDir, name: &'static str, resources: &Value) -> Self {
+        let [bootstrap, log, admin_file] =
+            ["bootstrap.json", "log", "admin"].map(|file| work.path().join(file));
         write_json(
             &bootstrap,
             &json!({
                 "node": { "id": name, "cluster": "test" },
                 "admin": { "address": loopback(0) },
-                "static_resources": resources(work.path()),
+                "static_resources": resources,
             }),
         );
         let child = Command::new(parts::envoy())
@@ -144,6 +189,11 @@ impl Envoy {
             (status == 200 && body.contains("LIVE")).then_some(())
         });
         envoy
+    }
+
+    /// What it has logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.work.path().join("log")).unwrap_or_default()
     }
 
     /// The process id: the same one as long as Envoy was not restarted.
@@ -202,7 +252,7 @@ impl Admin {
         }
     }
 
-    fn listener(&self) -> SocketAddr {
+    pub(crate) fn listener(&self) -> SocketAddr {
         let page = self.page("/listeners?format=json");
         let page: Value = serde_json::from_str(&page).expect("JSON");
         let address = &page["listener_statuses"][0]["local_address"]["socket_address"];
@@ -211,7 +261,7 @@ impl Admin {
             .expect("an address")
     }
 
-    fn wait<T>(&self, what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    pub(crate) fn wait<T>(&self, what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
         let start = Instant::now();
         loop {
             if let Some(value) = ready() {
@@ -392,19 +442,38 @@ fn unchunked(mut chunks: &[u8]) -> Vec<u8> {
     body
 }
 
-fn server_resources(work: &Path, client_id: &str) -> Value {
-    json!({ "listeners": [inbound(&loopback(0), work, client_id)] })
+pub(crate) fn server_resources(secrets: &Secrets<'_>, client_id: &str) -> Value {
+    json!({ "listeners": [inbound(&loopback(0), secrets, client_id)] })
 }
 
-fn client_resources(work: &Path, server_id: &str, server: SocketAddr) -> Value {
+pub(crate) fn client_resources(secrets: &Secrets<'_>, server_id: &str, server: SocketAddr) -> Value {
     json!({
         "listeners": [outbound(&loopback(0))],
-        "clusters": [peer("STATIC", &loopback(server.port()), work, server_id)],
+        "clusters": [peer("STATIC", &loopback(server.port()), secrets, server_id)],
     })
 }
 
-/// A listener that asks for mutual TLS with one identity, and answers.
-pub(crate) fn inbound(address: &Value, work: &Path, client_id: &str) -> Value {
+/// Where SDS comes from.
+fn agent(socket: &Path) -> Value {
+    json!({
+        "name": "agent",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": "agent",
+            "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": { "pipe": { "path": socket } } } }] }],
+        },
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": { "http2_protocol_options": {} },
+            },
+        },
+    })
+}
+
+/// A listener that asks for mutual TLS with one identity, or any if it is empty, and answers.
+pub(crate) fn inbound(address: &Value, secrets: &Secrets<'_>, client_id: &str) -> Value {
     json!({
         "name": "mutual-tls",
         "address": address,
@@ -417,7 +486,7 @@ pub(crate) fn inbound(address: &Value, work: &Path, client_id: &str) -> Value {
                     // A resumed session would not show the new certificate.
                     "disable_stateless_session_resumption": true,
                     "disable_stateful_session_resumption": true,
-                    "common_tls_context": common_tls_context(work, client_id),
+                    "common_tls_context": common_tls_context(secrets, client_id),
                 },
             },
             "filters": [http(&json!({ "direct_response": { "status": 200, "body": { "inline_string": "ok" } } }))],
@@ -434,8 +503,8 @@ pub(crate) fn outbound(address: &Value) -> Value {
     })
 }
 
-/// The peer, which has to have an identity.
-pub(crate) fn peer(kind: &str, address: &Value, work: &Path, server_id: &str) -> Value {
+/// The peer, which has to have an identity, any if it is empty.
+pub(crate) fn peer(kind: &str, address: &Value, secrets: &Secrets<'_>, server_id: &str) -> Value {
     json!({
         "name": "server",
         "type": kind,
@@ -456,32 +525,48 @@ pub(crate) fn peer(kind: &str, address: &Value, work: &Path, server_id: &str) ->
             "typed_config": {
                 "@type": tls("UpstreamTlsContext"),
                 "max_session_keys": 0,
-                "common_tls_context": common_tls_context(work, server_id),
+                "common_tls_context": common_tls_context(secrets, server_id),
             },
         },
     })
 }
 
-fn common_tls_context(work: &Path, peer_id: &str) -> Value {
+fn common_tls_context(secrets: &Secrets<'_>, peer_id: &str) -> Value {
+    let (identity, roots) = match secrets {
+        Secrets::Files(_) => ("identity", "roots"),
+        Secrets::Sds { identity, roots, .. } => (*identity, *roots),
+    };
+    let matched = match peer_id {
+        "" => json!({}),
+        id => json!({
+            "match_typed_subject_alt_names": [{ "san_type": "URI", "matcher": { "exact": id } }],
+        }),
+    };
     json!({
-        "tls_certificate_sds_secret_configs": [secret_config(work, "identity")],
+        "tls_certificate_sds_secret_configs": [secret_config(secrets, identity)],
         "combined_validation_context": {
-            "default_validation_context": {
-                "match_typed_subject_alt_names": [{ "san_type": "URI", "matcher": { "exact": peer_id } }],
-            },
-            "validation_context_sds_secret_config": secret_config(work, "roots"),
+            "default_validation_context": matched,
+            "validation_context_sds_secret_config": secret_config(secrets, roots),
         },
     })
 }
 
-fn secret_config(work: &Path, name: &str) -> Value {
-    json!({
-        "name": name,
-        "sds_config": {
+fn secret_config(secrets: &Secrets<'_>, name: &str) -> Value {
+    let source = match secrets {
+        Secrets::Files(work) => json!({
             "resource_api_version": "V3",
             "path_config_source": { "path": secrets_file(work, name) },
-        },
-    })
+        }),
+        Secrets::Sds { api, .. } => json!({
+            "resource_api_version": "V3",
+            "api_config_source": {
+                "api_type": api,
+                "transport_api_version": "V3",
+                "grpc_services": [{ "envoy_grpc": { "cluster_name": "agent" } }],
+            },
+        }),
+    };
+    json!({ "name": name, "sds_config": source })
 }
 
 /// What the file `identity.json` holds, for a certificate in a folder.

@@ -17,6 +17,7 @@ mod hostile;
 mod mica;
 mod openssl;
 mod parts;
+mod sds;
 mod serve;
 mod tool;
 mod tracing;

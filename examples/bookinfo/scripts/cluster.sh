@@ -1,20 +1,14 @@
-# Bookinfo in Kubernetes: Mica by its manifests, the workloads by theirs, with certificates by `mica inject`.
+# Bookinfo in Kubernetes: Mica by its manifests, the workloads by theirs, with agents by `mica inject`.
 
 export MICA_CLUSTER=${cluster:-$state/cluster}
 declare -gA addresses=()
 
 start_all() {
-    local program archive name
+    local program name
     program=$(mica_program)
     mkdir -p "$state/logs"
     cluster up >/dev/null
-    # Not `make_images || …`: in a condition `set -e` does not hold.
-    local made=0
-    set +e
-    (set -e; make_images "$program") >"$state/logs/images" 2>&1
-    made=$?
-    set -e
-    [[ $made == 0 ]] || fail "the images cannot be made: see $state/logs/images"
+    logged images make_images "$program"
 
     # As a user of kustomize adds arguments to Mica's.
     ln -sfn "$checkout/manifests" "$state/manifests"
@@ -25,7 +19,8 @@ patches:
   patch: '[{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--ttl=$ttl"}]'
 YAML
     kubectl apply --kustomize "$state" >/dev/null
-    kubectl kustomize "$here" | "$program" inject -f - | kubectl apply --filename - >/dev/null
+    kubectl kustomize "$here" | "$program" inject --mode agent -f - | kubectl apply --filename - >/dev/null
+    logged telemetry-images make_telemetry_images
     kubectl apply --kustomize "$checkout/examples/telemetry" >/dev/null
     rolled_out istio-system mica
     for name in "${workloads[@]}"; do
@@ -33,6 +28,18 @@ YAML
     done
     rolled_out telemetry prometheus
     rolled_out telemetry zipkin
+}
+
+# logged NAME COMMAND...
+logged() {
+    local log=$state/logs/$1 status
+    shift
+    # Not `"$@" || …`: in a condition `set -e` does not hold.
+    set +e
+    (set -e; "$@") >"$log" 2>&1
+    status=$?
+    set -e
+    [[ $status == 0 ]] || fail "$1 has failed: see $log"
 }
 
 cluster() {
@@ -52,18 +59,22 @@ rolled_out() {
 
 # There is no registry: all that pods are made of comes from this machine.
 make_images() {
-    local program=$1 scratch
-    scratch=$(mktemp -d "$state/image-XXXXXX")
-    "$checkout/packaging/image" --name localhost/mica:0.1.0 "$program" "$scratch/mica.tar"
-    cluster image "$scratch/mica.tar"
+    local program=$1
+    "$checkout/packaging/image" --name localhost/mica:0.1.0 "$program" "$state/mica.tar"
+    cluster image "$state/mica.tar"
+    rm "$state/mica.tar"
     cluster image localhost/bookinfo:1 "$(services_program)"
     has_image localhost/envoy:1.40.0 || cluster image localhost/envoy:1.40.0 "$(part envoy)"
+}
+
+make_telemetry_images() {
     has_image localhost/prometheus:2.42 || cluster image localhost/prometheus:2.42 "$(part prometheus)"
     if ! has_image localhost/zipkin:3.6.1; then
-        make_zipkin_folder "$scratch/zipkin"
-        cluster image localhost/zipkin:3.6.1 "$scratch/zipkin" /zipkin/zipkin
+        rm -rf "$state/zipkin"
+        make_zipkin_folder "$state/zipkin"
+        cluster image localhost/zipkin:3.6.1 "$state/zipkin" /zipkin/zipkin
+        rm -r "$state/zipkin"
     fi
-    rm -rf "$scratch"
 }
 
 has_image() {
@@ -131,6 +142,10 @@ stop_all() {
     kubectl delete --kustomize "$state" --ignore-not-found >/dev/null
 }
 
+any_running() {
+    kubectl get namespace bookinfo
+} >/dev/null 2>&1
+
 # What a workload's service would be answered, by way of its Envoy. ask WORKLOAD HOST/PATH...
 ask() {
     local name=$1
@@ -165,7 +180,7 @@ export KUBECONFIG=$MICA_CLUSTER/admin.kubeconfig
 The page        $forward ${door#http://} says where; then /productpage
 Spans           $forward ${zipkin#http://}
 Metrics         $forward ${prometheus#http://}
-Certificates    kubectl get secrets --namespace bookinfo
+Certificates    kubectl logs --namespace bookinfo deployment/details-v1 --container mica-agent
 Envoys          kubectl logs --namespace bookinfo deployment/details-v1 --container istio-proxy
 Other weights   examples/bookinfo/weights --cluster 0 20 80
 The end         examples/bookinfo/down --cluster

@@ -1,12 +1,11 @@
-# Bookinfo as plain processes. Each service and its Envoy have a loopback address of their own, and on it the ports that they
-# would have in a pod.
+# Bookinfo as plain processes. Each service has a loopback address of its own, with its Envoy and its agent, and on it the
+# ports that they would have in a pod.
 
 shared=$network.10
 door=http://$network.1:8000
 zipkin=http://$shared:9411
 prometheus=http://$shared:9090
 mica_metrics=$shared:15014
-secrets=$state/mica/secrets/bookinfo
 
 address_of() {
     local number=1 name
@@ -34,7 +33,7 @@ start_all() {
 
     start zipkin env "JAVA_OPTIONS=-Djava.io.tmpdir=$state/run" "$zipkin_program" "--armeria.ports[0].ip=$shared" \
         '--armeria.ports[0].port=9411' '--armeria.ports[0].protocols[0]=http'
-    start mica "$mica" serve "$here" --data-dir "$state/mica" --ttl "$ttl" \
+    start mica "$mica" serve "$here" --data-dir "$state/mica" --ttl "$ttl" --trial-tokens \
         --grpc-address "$shared:15012" --http-address "$mica_metrics"
     wait_for 60 "Mica; see $state/logs/mica" curl --silent --fail "http://$mica_metrics/readyz"
     for name in "${workloads[@]}"; do
@@ -51,21 +50,26 @@ start_all() {
     wait_for 60 "Zipkin; see $state/logs/zipkin" curl --silent --fail "$zipkin/health"
 }
 
-# A service, and its Envoy.
+# A service, its agent and its Envoy.
 start_workload() {
-    local name=$1 services=$2 address service settings=$state/sidecars/$1 file
+    local name=$1 services=$2 address service settings=$state/sidecars/$1 more=()
     address=$(address_of "$name")
     service=$(service_of "$name")
     mkdir -p "$settings/callers"
-    for file in bootstrap identity roots outbound; do
-        [[ $file == outbound && -e $settings/outbound.yaml ]] || as_process "$name" <"$here/sidecar/$file.yaml" >"$settings/$file.yaml"
-    done
+    as_process "$name" <"$here/sidecar/bootstrap.yaml" >"$settings/bootstrap.yaml"
+    [[ -e $settings/outbound.yaml ]] || cp "$here/sidecar/outbound.yaml" "$settings/"
     cp "$here/sidecar/callers/$service.yaml" "$settings/callers/callers.yaml"
-    local more=()
-    [[ $name != productpage ]] || more=(--config-yaml "$(as_process "$name" <"$here/sidecar/door.yaml")")
 
     start "$name" env "LISTEN=$address:9080" "OUTBOUND=$address:8080" "VERSION=${name#"$service"-}" \
         "STARS=$(stars_of "$name")" "$services" "$service"
+
+    # Good for an hour, and for the first certificate: with that one the agent gets the next.
+    is_running "agent-$name" || "$mica" token new "bookinfo/$name" --data-dir "$state/mica" --ttl 1h --force --out "$settings/token" >/dev/null
+    start "agent-$name" "$mica" agent --authority-address "$shared:15012" --authority-name localhost \
+        --authority-roots "$state/mica/root-cert.pem" --token-file "$settings/token" --certificate "$settings/certificate" \
+        --socket "$settings/agent.sock" --http-address "$address:15020"
+
+    [[ $name != productpage ]] || more=(--config-yaml "$(as_process "$name" <"$here/sidecar/door.yaml")")
     start "envoy-$name" "$envoy" --config-path "$settings/bootstrap.yaml" "${more[@]}" --service-node "$name" \
         --service-cluster "$service" --concurrency 1 --disable-hot-restart --log-level warning
 }
@@ -80,19 +84,21 @@ as_process() {
     sed "${edits[@]}" -e "s/\bzipkin\.telemetry\.svc\.cluster\.local\b/$shared/g" \
         -e "s/\b0\.0\.0\.0\b/$address/g" -e "s/\b127\.0\.0\.1\b/$address/g" \
         -e "s|/etc/envoy|$state/sidecars/$name|g" -e "s|/etc/callers|$state/sidecars/$name/callers|g" \
-        -e "s|/etc/certs|$secrets/istio.$name|g"
+        -e "s|/run/mica/agent.sock|$state/sidecars/$name/agent.sock|g"
 }
 
 write_scrapes() {
     echo "global: { scrape_interval: 1s, scrape_timeout: 1s }"
     echo "scrape_configs:"
     echo "- { job_name: mica, static_configs: [{ targets: ['$mica_metrics'] }] }"
-    echo "- job_name: envoy"
-    echo "  metrics_path: /stats/prometheus"
-    echo "  static_configs:"
+    echo "- { job_name: agent, static_configs: [$(targets 15020)] }"
+    echo "- { job_name: envoy, metrics_path: /stats/prometheus, static_configs: [$(targets 9902)] }"
+}
+
+targets() {
     local name
     for name in "${workloads[@]}"; do
-        echo "  - { targets: ['$(address_of "$name"):9902'], labels: { workload: $name } }"
+        echo "{ targets: ['$(address_of "$name"):$1'], labels: { workload: $name } },"
     done
 }
 
@@ -172,8 +178,7 @@ look_around() {
 The page        $door/productpage
 Spans           $zipkin
 Metrics         $(dirname "$(part prometheus)")/promtool query instant $prometheus up
-Certificates    $secrets
-Envoys          http://$(address_of details):9901 is that of details; logs are in $state/logs
+Certificates    http://$(address_of details):9901/certs has those of details' Envoy; logs are in $state/logs
 Other weights   examples/bookinfo/weights 0 20 80
 The end         examples/bookinfo/down
 TEXT

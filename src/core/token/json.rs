@@ -6,10 +6,10 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Vis
 use serde_json::{Map, Number, Value};
 
 /// An object's members.
-pub(super) type Object = Map<String, Value>;
+pub(in crate::core) type Object = Map<String, Value>;
 
 /// Reads one JSON object and nothing behind it. Errors say what and where, and show no values.
-pub(super) fn object(text: &[u8]) -> Result<Object, String> {
+pub(in crate::core) fn object(text: &[u8]) -> Result<Object, String> {
     match serde_json::from_slice(text) {
         Ok(Once(Value::Object(members))) => Ok(members),
         Ok(Once(_)) => Err("it is no JSON object".to_owned()),

@@ -14,7 +14,7 @@ pub const MAX: usize = 256 * 1024;
 /// The most keys that a set may have.
 const MAX_KEYS: usize = 64;
 /// Members of a JWK that make it a secret (RFC 7518 6.2.2, 6.3.2, 6.4.1).
-const SECRETS: [&str; 8] = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"];
+pub(in crate::core) const SECRETS: [&str; 8] = ["d", "p", "q", "dp", "dq", "qi", "oth", "k"];
 
 /// Why a set of keys is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -113,6 +113,25 @@ impl KeySet {
     /// Reads a set. Keys of other kinds, for other uses or too weak to prove anything are passed over, as RFC 7517 5 wants
     /// it; a set in which a secret stands is refused whole.
     pub fn from_json(text: &[u8]) -> Result<Self, Error> {
+        Self::read(text, |jwk| match jwk.get("use") {
+            None => Ok(()),
+            Some(Value::String(purpose)) if purpose == "sig" => Ok(()),
+            Some(other) => Err(format!("is for the use {}", shown(other))),
+        })
+    }
+
+    /// Reads the keys of a trust domain's bundle that its JWT-SVIDs are signed with (JWT-SVID 6.2): those of other uses
+    /// prove nothing here.
+    pub fn of_svids(text: &[u8]) -> Result<Self, Error> {
+        Self::read(text, |jwk| match (jwk.get("use"), jwk.get("kid")) {
+            (Some(Value::String(purpose)), Some(Value::String(_))) if purpose == "jwt-svid" => Ok(()),
+            (Some(Value::String(purpose)), _) if purpose == "jwt-svid" => Err("has no kid".to_owned()),
+            (Some(other), _) => Err(format!("is for the use {}", shown(other))),
+            (None, _) => Err("is for no use".to_owned()),
+        })
+    }
+
+    fn read(text: &[u8], is_for: impl Fn(&json::Object) -> Result<(), String>) -> Result<Self, Error> {
         if text.len() > MAX {
             return Err(Error::Length(text.len()));
         }
@@ -135,7 +154,7 @@ impl KeySet {
             if let Some(member) = SECRETS.into_iter().find(|secret| jwk.contains_key(*secret)) {
                 return Err(Error::Secret { kid: called, member });
             }
-            match key(jwk) {
+            match is_for(jwk).and_then(|()| key(jwk)) {
                 Ok(key) => found.keys.push(key),
                 Err(why) => found.passed_over.push(format!("{called} {why}")),
             }
@@ -258,11 +277,6 @@ impl Public {
 /// A key, or why it verifies nothing.
 fn key(jwk: &json::Object) -> Result<Key, String> {
     let text = |name: &str| jwk.get(name).and_then(Value::as_str);
-    match jwk.get("use") {
-        None => {}
-        Some(Value::String(purpose)) if purpose == "sig" => {}
-        Some(other) => return Err(format!("is for the use {}", shown(other))),
-    }
     match jwk.get("key_ops") {
         None => {}
         Some(Value::Array(operations)) if operations.iter().any(|it| it == "verify") => {}

@@ -4,7 +4,7 @@
 //! fits, out of the very bytes that were read the first time. A claim that is there and has the wrong form is a refusal,
 //! never the same as one that is not there.
 
-mod json;
+pub(super) mod json;
 pub mod jwks;
 pub mod trial;
 
@@ -163,6 +163,39 @@ pub struct Token<'a> {
 impl<'a> Token<'a> {
     /// Takes a token apart.
     pub fn read(text: &'a str) -> Result<Self, Fault> {
+        Self::apart(text, |header| match header.get("typ") {
+            None => Ok(()),
+            Some(Value::String(kind)) if ["jwt", "at+jwt"].iter().any(|it| kind.eq_ignore_ascii_case(it)) => {
+                Ok(())
+            }
+            Some(other) => Err(Fault::Header(format!("its typ is {}, not \"JWT\"", shown(other)))),
+        })
+    }
+
+    /// Takes a JWT-SVID apart, which has fewer algorithms and no other members in its header (JWT-SVID 2).
+    pub fn read_svid(text: &'a str) -> Result<Self, Fault> {
+        let token = Self::apart(text, |header| {
+            if let Some(other) = header.keys().find(|name| !["alg", "kid", "typ"].contains(&name.as_str())) {
+                let other = cut(&format!("{other:?}"));
+                return Err(Fault::Header(format!(
+                    "it has {other}, and a JWT-SVID's has alg, kid and typ alone"
+                )));
+            }
+            match header.get("typ") {
+                None => Ok(()),
+                Some(Value::String(kind)) if kind == "JWT" || kind == "JOSE" => Ok(()),
+                Some(other) => {
+                    Err(Fault::Header(format!("its typ is {}, not \"JWT\" or \"JOSE\"", shown(other))))
+                }
+            }
+        })?;
+        match token.algorithm {
+            Algorithm::EdDSA => Err(Fault::Algorithm("\"EdDSA\", which no JWT-SVID has".to_owned())),
+            _ => Ok(token),
+        }
+    }
+
+    fn apart(text: &'a str, judge: impl Fn(&json::Object) -> Result<(), Fault>) -> Result<Self, Fault> {
         if text.len() > MAX {
             return Err(Fault::Length(text.len()));
         }
@@ -177,12 +210,7 @@ impl<'a> Token<'a> {
             let fault = "it has crit, and mica knows none of the extensions that crit could name";
             return Err(Fault::Header(fault.to_owned()));
         }
-        match header.get("typ") {
-            None => {}
-            Some(Value::String(kind)) if ["jwt", "at+jwt"].iter().any(|it| kind.eq_ignore_ascii_case(it)) => {
-            }
-            Some(other) => return Err(Fault::Header(format!("its typ is {}, not \"JWT\"", shown(other)))),
-        }
+        judge(&header)?;
         let kid = match header.remove("kid") {
             None => None,
             Some(Value::String(kid)) => Some(kid),
@@ -195,6 +223,11 @@ impl<'a> Token<'a> {
             }
         };
         Ok(Self { algorithm, kid, message, claims: object("claims", claims)?, signature })
+    }
+
+    /// Whose it is, as it says itself: good for nothing but choosing the keys that it is then verified with.
+    pub fn claimed_subject(&self) -> Result<&str, Fault> {
+        text(&self.claims, "sub", "sub")?.ok_or(Fault::Missing("sub"))
     }
 
     /// Who issued it, as it says itself: good for nothing but choosing the keys that it is then verified with.
@@ -242,6 +275,11 @@ impl Claims {
             return Err(Fault::IssuedLater(issued));
         }
         Ok(expires)
+    }
+
+    /// All of them.
+    pub fn members(&self) -> &serde_json::Map<String, Value> {
+        &self.0
     }
 
     /// `sub`, of any form.

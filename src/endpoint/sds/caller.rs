@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -18,8 +18,11 @@ use crate::attest::Entitled;
 use crate::core::spiffe::SpiffeId;
 use crate::endpoint::Endpoint;
 
-/// A caller is attested again this often while its stream lives, and before each certificate.
+/// A caller is attested again this often while its stream lives, when answers may have changed, and before each
+/// certificate.
 const AGAIN: Duration = Duration::from_secs(60);
+/// And this often as long as that cannot be done.
+const SOON: Duration = Duration::from_secs(1);
 /// An attestation holds for what is sent at the same time.
 const FRESH: Duration = Duration::from_secs(1);
 
@@ -27,8 +30,10 @@ pub(super) struct Caller {
     endpoint: Endpoint,
     shared: Arc<Shared>,
     extensions: Extensions,
-    entitled: Vec<Entitled>,
+    /// None as long as it could not be found out.
+    entitled: Option<Vec<Entitled>>,
     attested: Instant,
+    changes: watch::Receiver<()>,
     bundles: watch::Receiver<Option<Arc<Bundles>>>,
     svids: BTreeMap<SpiffeId, Watched>,
 }
@@ -50,21 +55,23 @@ impl Caller {
         shared: &Arc<Shared>,
         extensions: &Extensions,
     ) -> Result<Self, Status> {
-        let entitled = endpoint.entitled(extensions).await?;
-        Ok(Self {
+        let mut caller = Self {
+            changes: endpoint.attestor.changes(),
             bundles: endpoint.agent.held.bundles(),
             endpoint: endpoint.clone(),
             shared: shared.clone(),
             extensions: extensions.clone(),
-            entitled,
+            entitled: None,
             attested: Instant::now(),
             svids: BTreeMap::new(),
-        })
+        };
+        caller.attest().await?;
+        Ok(caller)
     }
 
     /// Its first identity.
     pub(super) fn id(&self) -> Option<&SpiffeId> {
-        self.entitled.first().map(|entitled| &entitled.id)
+        self.entitled.as_ref()?.first().map(|entitled| &entitled.id)
     }
 
     /// It among those of whom it is known which bundles they hold.
@@ -75,7 +82,7 @@ impl Caller {
     /// Attests it again. As long as that cannot be done, what was found before holds: the process is the same one.
     pub(super) async fn attest(&mut self) -> Result<(), Status> {
         match self.endpoint.entitled(&self.extensions).await {
-            Ok(entitled) => self.entitled = entitled,
+            Ok(entitled) => self.entitled = Some(entitled),
             Err(status) if status.code() == Code::Unavailable => {}
             Err(status) => return Err(status),
         }
@@ -85,6 +92,10 @@ impl Caller {
 
     pub(super) fn is_fresh(&self) -> bool {
         self.attested.elapsed() < FRESH
+    }
+
+    pub(super) fn is_known(&self) -> bool {
+        self.entitled.is_some()
     }
 
     /// Has obtained what the names need, and nothing else.
@@ -98,6 +109,9 @@ impl Caller {
     }
 
     pub(super) fn has(&mut self, text: &str, name: &Name) -> There {
+        if !self.is_known() {
+            return There::Waiting;
+        }
         let shelf = &self.shared.shelf;
         if let Name::Default | Name::Workload(_) = name {
             let Some(id) = self.identity(name).cloned() else { return There::Forbidden };
@@ -115,28 +129,34 @@ impl Caller {
 
     /// Waits until there may be something else, or it has to be attested again, which it is then.
     pub(super) async fn changed(&mut self) -> Result<(), Status> {
-        let ended = {
-            let mut bundles = Box::pin(self.bundles.changed());
-            let mut svids: Vec<_> =
-                self.svids.iter_mut().map(|(id, svid)| (id.clone(), Box::pin(svid.changed()))).collect();
-            let mut again = Box::pin(sleep_until(self.attested + AGAIN));
+        let again = self.attested + if self.is_known() { AGAIN } else { SOON };
+        let why = {
+            let mut bundles = pin!(self.bundles.changed());
+            let mut changes = pin!(self.changes.changed());
+            let mut again = pin!(sleep_until(again));
+            let changed = |(id, svid): (&SpiffeId, _)| (id.clone(), Box::pin(Watched::changed(svid)));
+            let mut svids: Vec<_> = self.svids.iter_mut().map(changed).collect();
             poll_fn(|context| {
                 for (id, svid) in &mut svids {
                     if let Poll::Ready(changed) = svid.as_mut().poll(context) {
-                        return Poll::Ready(changed.err().map(|_| Why::Ended(id.clone())));
+                        return Poll::Ready(changed.map_or_else(|_| Why::Ended(id.clone()), |()| Why::Other));
                     }
                 }
                 if bundles.as_mut().poll(context).is_ready() {
-                    return Poll::Ready(None);
+                    return Poll::Ready(Why::Other);
                 }
-                Pin::new(&mut again).poll(context).map(|()| Some(Why::Again))
+                // Whoever does not tell of changes any more is asked from time to time.
+                if matches!(changes.as_mut().poll(context), Poll::Ready(Ok(()))) {
+                    return Poll::Ready(Why::Attest);
+                }
+                again.as_mut().poll(context).map(|()| Why::Attest)
             })
             .await
         };
-        match ended {
-            None => Ok(()),
-            Some(Why::Again) => self.attest().await,
-            Some(Why::Ended(id)) => {
+        match why {
+            Why::Other => Ok(()),
+            Why::Attest => self.attest().await,
+            Why::Ended(id) => {
                 self.svids.remove(&id);
                 self.attest().await
             }
@@ -147,13 +167,15 @@ impl Caller {
     fn identity(&self, name: &Name) -> Option<&SpiffeId> {
         match name {
             Name::Default => self.id(),
-            Name::Workload(id) => self.entitled.iter().map(|own| &own.id).find(|own| *own == id),
+            Name::Workload(id) => self.entitled.iter().flatten().map(|own| &own.id).find(|own| *own == id),
             Name::Roots | Name::Domain(_) | Name::All => None,
         }
     }
 }
 
 enum Why {
+    /// An identity is not kept any more.
     Ended(SpiffeId),
-    Again,
+    Attest,
+    Other,
 }

@@ -249,7 +249,7 @@ pub(super) struct Conversation<P: Protocol> {
 impl<P: Protocol> Conversation<P> {
     pub(super) fn new(shared: Arc<Shared>, caller: Caller, requests: Streaming<P::Request>) -> Self {
         Self {
-            consumer: caller.join(),
+            consumer: None,
             _open: shared.metrics.stream(P::METHOD),
             shared,
             caller,
@@ -377,6 +377,9 @@ impl<P: Protocol> Conversation<P> {
         }
         if self.sent.as_ref().is_some_and(|sent| !sent.answered) {
             return Ok(Turn::Wait { more: true });
+        }
+        if self.consumer.is_none() {
+            self.consumer = self.caller.join();
         }
         let mut found = Found::look(&mut self.caller, &self.wanted);
         let mut changed = self.changed(&found);

@@ -94,7 +94,7 @@ fn client_as(plane: &ControlPlane, user: &str, groups: &[&str]) -> Client {
 }
 
 /// What the API server answers; of a refusal the code and the words.
-fn ask(client: &Client, method: &str, path: &str, body: &Value) -> Result<Value, (u16, String)> {
+pub(super) fn ask(client: &Client, method: &str, path: &str, body: &Value) -> Result<Value, (u16, String)> {
     let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
     let request = http::Request::builder()
         .method(method)
@@ -129,7 +129,7 @@ fn everything_applies_with_strict_validation_in_the_order_of_its_files_and_again
     }
     // The examples are made of it. What is in a namespace cannot be tried before that is there.
     plane.named_namespace("shop");
-    for example in ["replace-istio-ca", "replace-istiod-ca", "one-namespace"] {
+    for example in ["replace-istio-ca", "replace-istiod-ca", "one-namespace", "inject"] {
         let folder = format!("examples/{example}");
         let built = good(plane, &["kustomize", &folder]);
         assert!(built.contains("kind: Deployment"), "{built}");
@@ -208,7 +208,7 @@ fn one_namespace_needs_no_right_to_the_secrets_of_others() {
     assert!(denied.is_empty(), "{denied:#?}");
 }
 
-fn denied(plane: &ControlPlane) -> Vec<Value> {
+pub(super) fn denied(plane: &ControlPlane) -> Vec<Value> {
     plane.audit().into_iter().filter(|event| event["responseStatus"]["code"] == 403).collect()
 }
 
@@ -549,7 +549,7 @@ impl Grant {
 }
 
 /// Mica as the Deployment starts it, with the rights of its account, on free ports.
-fn deployed(plane: &ControlPlane, place: &Place) -> Command {
+pub(super) fn deployed(plane: &ControlPlane, place: &Place) -> Command {
     let namespace = format!("--namespace={OWN}");
     let text = good(plane, &["get", "deployment", "mica", &namespace, "--output=json"]);
     let deployment: Value = serde_json::from_str(&text).unwrap();
@@ -561,6 +561,8 @@ fn deployed(plane: &ControlPlane, place: &Place) -> Command {
             Some((flag @ ("--grpc-address" | "--http-address"), _)) => {
                 command.arg(format!("{flag}=127.0.0.1:0"))
             }
+            // Where it is asked is a test's to say.
+            Some(("--inject-address", _)) => &mut command,
             Some(("--data-dir", _)) => command.arg("--data-dir").arg(place.data()),
             _ => command.arg(argument),
         };
@@ -619,6 +621,11 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
     client.identity(&gone).unwrap_err();
     shop.delete_pod("web-1");
     wait_for(soon, "a refusal", || client.identity(&token).err());
+
+    // The keys of JWT-SVIDs are there, and are made anew where they are damaged.
+    let keys = format!("/api/v1/namespaces/{OWN}/secrets/mica-jwt-keys");
+    wait_for(soon, "keys", || ask(&admin, "GET", &keys, &Value::Null).ok());
+    ask(&admin, "PATCH", &keys, &json!({"data": {"jwt-keys.json": "eA=="}})).unwrap();
 
     let namespace = format!("--namespace={OWN}");
     let rules = |kind: &str| -> Value {

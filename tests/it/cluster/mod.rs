@@ -1,8 +1,11 @@
 //! Mica and a real API server.
 
+mod admission;
 mod control_plane;
 mod events;
+mod injection;
 mod istio_ca;
+mod keyring;
 mod knowledge;
 mod lease;
 mod manifests;

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::injection::injected;
 use super::node::{Door, Node};
 use super::pods::{account, confined, namespace, restricted};
-use crate::envoy::{self, Admin, Load};
+use crate::envoy::{self, Admin, Load, Secrets};
 use crate::parts;
 use crate::serve::wait_for;
 
@@ -131,7 +132,7 @@ impl<'a> Sidecars<'a> {
 }
 
 fn settings(own: &str, peer: &str) -> Value {
-    let (work, certificates) = (Path::new(SETTINGS), Path::new(CERTIFICATES));
+    let (work, certificates) = (Secrets::Files(Path::new(SETTINGS)), Path::new(CERTIFICATES));
     let identity = format!("spiffe://cluster.local/ns/{NAMESPACE}/sa/{peer}");
     let address = envoy::socket(&format!("{peer}.{NAMESPACE}.svc.cluster.local"), MUTUAL_TLS);
     let bootstrap = json!({
@@ -139,10 +140,10 @@ fn settings(own: &str, peer: &str) -> Value {
         "admin": {"address": envoy::socket("0.0.0.0", ADMIN)},
         "static_resources": {
             "listeners": [
-                envoy::inbound(&envoy::socket("0.0.0.0", MUTUAL_TLS), work, &identity),
+                envoy::inbound(&envoy::socket("0.0.0.0", MUTUAL_TLS), &work, &identity),
                 envoy::outbound(&envoy::socket("0.0.0.0", PLAIN)),
             ],
-            "clusters": [envoy::peer("STRICT_DNS", &address, work, &identity)],
+            "clusters": [envoy::peer("STRICT_DNS", &address, &work, &identity)],
         },
     });
     json!({
@@ -155,8 +156,9 @@ fn settings(own: &str, peer: &str) -> Value {
     })
 }
 
+/// As somebody writes it who leaves certificates to `mica inject`.
 fn deployment(name: &str) -> Value {
-    json!({
+    let deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"namespace": NAMESPACE, "name": name},
         "spec": {
             "selector": {"matchLabels": {"app": name}},
@@ -174,17 +176,16 @@ fn deployment(name: &str) -> Value {
                         "securityContext": confined(),
                         "volumeMounts": [
                             {"name": "settings", "mountPath": SETTINGS},
-                            {"name": "certificates", "mountPath": CERTIFICATES, "readOnly": true},
                         ],
                     }],
                     "volumes": [
                         {"name": "settings", "configMap": {"name": name}},
-                        {"name": "certificates", "secret": {"secretName": format!("istio.{name}"), "defaultMode": 0o440}},
                     ],
                 },
             },
         },
-    })
+    });
+    serde_json::from_str(&injected(&deployment.to_string(), &["--container", "envoy"])).unwrap()
 }
 
 fn service(name: &str) -> Value {

@@ -5,6 +5,7 @@ pub(crate) mod authority;
 pub(crate) mod clock;
 mod delivery;
 mod disk;
+pub(crate) mod federation;
 mod flood;
 mod grpc;
 mod kills;
@@ -202,6 +203,11 @@ impl Mica {
         wait_for(Duration::from_secs(10), "the report", || {
             fs::read_to_string(&self.report).ok().filter(|report| !report.is_empty())
         })
+    }
+
+    /// Its data folder.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.data.clone()
     }
 
     pub(crate) fn pid(&self) -> u32 {
