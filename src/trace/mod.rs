@@ -200,6 +200,7 @@ impl Span {
     pub fn is_answer(&mut self, service: &'static str, method: &'static str) {
         if let Some(record) = self.record() {
             record.kind = Kind::Server;
+            record.name = format!("{service}/{method}").into();
             record.is_call(service, method);
         }
     }

@@ -1,14 +1,17 @@
 //! Spans, as those see them who look for them: a real Zipkin, a real OpenTelemetry collector, and nobody at all.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use mica::proto::xds::envoy::service::discovery::v3::DiscoveryRequest;
+use mica::proto::xds::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
 use serde_json::Value;
 
-use crate::parts;
+use crate::{agent, parts};
 use crate::serve::{Place, mtls, page, wait_for};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
@@ -152,6 +155,104 @@ async fn zipkin_shows_the_parts_of_a_request() {
     mica.stop();
 }
 
+/// The proxy's side of a stream: names what it wants, and takes whatever comes. Ends with the test.
+async fn proxy(socket: std::path::PathBuf) -> tokio::task::JoinHandle<()> {
+    let address = format!("unix://{}", socket.display());
+    let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
+    let (send, requests) = tokio::sync::mpsc::channel(4);
+    let asks = |version_info: String, response_nonce: String| DiscoveryRequest {
+        resource_names: vec!["default".to_owned()],
+        version_info,
+        response_nonce,
+        ..DiscoveryRequest::default()
+    };
+    send.send(asks(String::new(), String::new())).await.unwrap();
+    let stream = tokio_stream::wrappers::ReceiverStream::new(requests);
+    tokio::spawn(async move {
+        let mut client = SecretDiscoveryServiceClient::new(channel);
+        let mut responses = client.stream_secrets(stream).await.unwrap().into_inner();
+        while let Ok(Some(response)) = responses.message().await {
+            send.send(asks(response.version_info, response.nonce)).await.unwrap();
+        }
+    })
+}
+
+/// From a proxy that wants what the agent cannot get yet, to the files and the proxy's answer, and once more at the renewal.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_trace_leads_from_the_need_to_the_delivery() {
+    const SDS: &str = "envoy.service.secret.v3.secretdiscoveryservice/streamsecrets";
+    let zipkin = Zipkin::start();
+    let place = Place::new();
+    place.account("web");
+    let mica = place.start(&["--trial-tokens", "--ttl", "15s", "--trace-zipkin", &zipkin.url()]);
+    let (socket, files) = (place.root.path().join("agent.sock"), place.root.path().join("certs"));
+    let mut command = agent::command(&place, &mica);
+    command.arg("--token-file").arg(place.root.path().join("token-shop-web"));
+    command.arg("--socket").arg(&socket).arg("--files").arg(&files);
+    command.args(["--identity", WEB, "--trace-zipkin", &zipkin.url()]);
+    let agent = agent::start(&place, "web", &mut command);
+    let proxy = proxy(socket).await;
+    wait_for(Duration::from_secs(20), "an open stream", || {
+        (agent.metric("mica_sds_streams{method=\"StreamSecrets\"}") == 1.0).then_some(())
+    });
+    agent::token(&place, "shop/web");
+
+    let trace = |why: &str| {
+        wait_for(Duration::from_secs(60), &format!("a whole trace: {why}"), || {
+            zipkin.traces("mica-agent").into_iter().find(|spans| {
+                let has = |name: &str, service: &str| {
+                    spans.iter().any(|span| {
+                        span["name"] == name && span["localEndpoint"]["serviceName"] == service
+                    })
+                };
+                spans.iter().any(|span| span["name"] == "certificate" && span["tags"]["mica.why"] == why)
+                    && has("sign", "mica")
+                    && has(SDS, "mica-agent")
+                    && has("deliver", "mica-agent")
+            })
+        })
+    };
+    for why in ["new", "renewal"] {
+        let spans = trace(why);
+        let of = |kind: &str, name: &str| {
+            let found: Vec<_> =
+                spans.iter().filter(|span| span["kind"] == kind && span["name"] == name).collect();
+            assert_eq!(found.len(), 1, "{spans:#?}");
+            found[0].clone()
+        };
+        let (call, request, sds) = (of("CLIENT", CREATE), of("SERVER", CREATE), of("SERVER", SDS));
+        let root = one(&spans, "certificate");
+        assert_eq!(root["parentId"], Value::Null);
+        // What came to nothing, as there was no token, is there as well.
+        let obtained = spans.iter().find(|span| span["id"] == call["parentId"]).unwrap();
+        assert_eq!((&obtained["name"], &obtained["parentId"]), (&"obtain".into(), &root["id"]));
+        let failed = |span: &&Value| span["tags"]["error"] == "credential" && span["name"] == "obtain";
+        assert_eq!(spans.iter().any(|span| failed(&span)), why == "new", "{spans:#?}");
+        assert_eq!(request["parentId"], call["id"]);
+        for (span, service) in [(root, "mica-agent"), (&call, "mica-agent"), (&request, "mica")] {
+            assert_eq!(span["localEndpoint"]["serviceName"], service);
+        }
+        for part in ["authenticate", "liveness", "authorize", "sign"] {
+            assert_eq!(one(&spans, part)["parentId"], request["id"], "{part}");
+        }
+        assert_eq!(one(&spans, "judge")["parentId"], obtained["id"]);
+        let deliver = one(&spans, "deliver");
+        for delivery in [&sds, deliver] {
+            assert_eq!(delivery["parentId"], root["id"]);
+            assert_eq!(delivery["tags"]["mica.serial"], request["tags"]["mica.serial"]);
+            assert_eq!(delivery["tags"]["mica.identity"], WEB);
+        }
+        assert_eq!(sds["tags"]["mica.answer"], "acknowledged");
+        // The proxy wanted it before it was there.
+        let begun = |span: &Value| span["timestamp"].as_u64().unwrap();
+        assert_eq!(begun(&sds) < begun(&call), why == "new", "{spans:#?}");
+        assert!(!format!("{spans:?}").contains("PRIVATE") && !format!("{spans:?}").contains("eyJ"));
+    }
+    proxy.abort();
+    agent.stop();
+    mica.stop();
+}
+
 /// At a ratio of 0 nothing is recorded but what somebody wishes who is known.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stranger_cannot_have_its_requests_recorded() {
@@ -213,6 +314,74 @@ async fn without_a_collector_requests_go_on() {
     let said: Vec<_> = log.lines().filter(|line| line.contains("spans cannot be sent")).collect();
     assert_eq!(said.len(), 2, "{said:#?}");
     assert!(said[0].contains("connection refused") || said[0].contains("Connection refused"), "{said:#?}");
+}
+
+/// What the collector of the OpenTelemetry project prints of what it was sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opentelemetry_collector_reads_the_spans() {
+    let port = free_port();
+    let place = Place::new();
+    place.account("web");
+    let log = place.root.path().join("collector.log");
+    let configuration = format!(
+        "yaml:{{receivers: {{otlp: {{protocols: {{http: {{endpoint: '127.0.0.1:{port}'}}}}}}}}, \
+         exporters: {{debug: {{verbosity: detailed}}}}, \
+         service: {{telemetry: {{metrics: {{level: none}}}}, \
+         pipelines: {{traces: {{receivers: [otlp], exporters: [debug]}}}}}}}}"
+    );
+    let collector = Command::new(parts::otel_collector())
+        .args(["--config", &configuration])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let _collector = Running(collector);
+    let said = || fs::read_to_string(&log).unwrap();
+    wait_for(Duration::from_secs(60), "the collector", || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).ok()
+    });
+    let mica = place.start(&["--trace-otlp", &format!("http://127.0.0.1:{port}")]);
+    place.leaf("web");
+    let channel = mtls::connect(&mica, &place, Some(&place.folder("shop", "web"))).await;
+    let mut client = IstioCertificateServiceClient::new(channel.clone());
+    let parent = format!("00-{TRACE}-{PARENT}-01");
+    client.create_certificate(ask(&[("traceparent", &parent)])).await.unwrap();
+    let mut unreadable = ask(&[]);
+    unreadable.get_mut().csr = "none".to_owned();
+    client.create_certificate(unreadable).await.unwrap_err();
+    let text = wait_for(Duration::from_secs(30), "both requests", || {
+        Some(said()).filter(|text| text.contains("CSR_MALFORMED") && text.contains(TRACE))
+    });
+    let fields = |span: &str| -> BTreeMap<String, String> {
+        let lines = span.lines().filter_map(|line| line.trim().trim_start_matches("-> ").split_once(':'));
+        lines.map(|(key, value)| (key.trim().to_owned(), value.trim().to_owned())).collect()
+    };
+    let spans: Vec<_> = text.split("Span #").skip(1).map(fields).collect();
+    let of = |trace: &str, name: &str| {
+        let mut found = spans.iter().filter(|span| span["Trace ID"] == trace && span["Name"] == name);
+        found.next().unwrap_or_else(|| panic!("{name}: {text}")).clone()
+    };
+    const NAME: &str = "istio.v1.auth.IstioCertificateService/CreateCertificate";
+    let request = of(TRACE, NAME);
+    for (key, value) in [
+        ("Parent ID", PARENT),
+        ("Kind", "Server"),
+        ("Status code", "Unset"),
+        ("rpc.system", "Str(grpc)"),
+        ("rpc.grpc.status_code", "Int(0)"),
+        ("mica.identity", &format!("Str({WEB})")),
+    ] {
+        assert_eq!(request.get(key).map(String::as_str), Some(value), "{key}: {request:?}");
+    }
+    let sign = of(TRACE, "sign");
+    assert_eq!((&sign["Parent ID"], sign["Kind"].as_str()), (&request["ID"], "Internal"));
+    let refused = spans.iter().find(|span| span.get("mica.reason").is_some()).unwrap();
+    assert_eq!(refused["Status code"], "Error");
+    assert_eq!(refused["Parent ID"], "");
+    assert!(text.contains("service.name: Str(mica)"), "{text}");
+    assert!(mica.metric("mica_trace_spans_sent_total{exporter=\"otlp\"}") > 5.0);
+    mica.stop();
 }
 
 #[test]
