@@ -11,8 +11,8 @@ use mica::proto::xds::envoy::service::discovery::v3::DiscoveryRequest;
 use mica::proto::xds::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
 use serde_json::Value;
 
-use crate::{agent, parts};
 use crate::serve::{Place, mtls, page, wait_for};
+use crate::{agent, parts};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -201,9 +201,9 @@ async fn one_trace_leads_from_the_need_to_the_delivery() {
         wait_for(Duration::from_secs(60), &format!("a whole trace: {why}"), || {
             zipkin.traces("mica-agent").into_iter().find(|spans| {
                 let has = |name: &str, service: &str| {
-                    spans.iter().any(|span| {
-                        span["name"] == name && span["localEndpoint"]["serviceName"] == service
-                    })
+                    spans
+                        .iter()
+                        .any(|span| span["name"] == name && span["localEndpoint"]["serviceName"] == service)
                 };
                 spans.iter().any(|span| span["name"] == "certificate" && span["tags"]["mica.why"] == why)
                     && has("sign", "mica")
