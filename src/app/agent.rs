@@ -20,8 +20,10 @@ use crate::endpoint::{self, Endpoint, sds};
 use crate::sys::dir::{self, Access};
 use crate::sys::socket::Socket;
 use crate::sys::{clock, listen};
-use crate::telemetry;
+use crate::{telemetry, trace};
 
+/// In traces.
+const SERVICE: &str = "mica-agent";
 /// Everyone may connect: what a caller gets depends on who it is.
 const SOCKET_MODE: u32 = 0o777;
 
@@ -61,7 +63,10 @@ async fn start(args: Args) -> Result<(), Error> {
     let http = bind(args.http_address, "--http-address").await?;
     let open_files = listen::raise_open_files();
 
-    let (agent, wanted) = Agent::new(asker, wishes);
+    let mut registry = Registry::default();
+    let (mut agent, wanted) = Agent::new(asker, wishes);
+    let (tracer, exporters) = trace::start(&args.trace.options(), SERVICE, &mut registry);
+    agent.tracer = tracer;
     let agent = Arc::new(agent);
     let socket = match (&args.socket, &args.files) {
         (Some(path), _) => Some(path.as_path()),
@@ -78,7 +83,6 @@ async fn start(args: Args) -> Result<(), Error> {
         }
         folders.push((folder, id));
     }
-    let mut registry = Registry::default();
     agent.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
@@ -88,6 +92,13 @@ async fn start(args: Args) -> Result<(), Error> {
     tasks.spawn(until(stopping(), agent::holders::report(agent.clone())));
     for (folder, id) in folders {
         tasks.spawn(until(stopping(), folder.keep(agent.clone(), id)));
+    }
+    for exporter in exporters {
+        let ends = stopping();
+        tasks.spawn(async move {
+            exporter.run(ends).await;
+            Ok(())
+        });
     }
     // There for as long as it is held.
     let mut _bound = None;
