@@ -164,6 +164,9 @@ fn every_metric_is_documented_as_it_is() {
         found.entry(name).or_insert(family);
     }
     mica.stop();
+    for (name, family) in families(&serve::federation::metrics_page()) {
+        found.entry(name).or_insert(family);
+    }
     for (name, family) in families(&cluster::metrics_page()) {
         found.entry(name).or_insert(family);
     }
