@@ -11,6 +11,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rustc-link-arg-bins=-Wl,--whole-archive,-l:libgcc_eh.a,--no-whole-archive");
     // A tenth of the space for the addresses that are set at the start (needs glibc 2.36, of 2022).
     println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
+    // What runs at the start in one place, and not in the pages around all else.
+    println!("cargo::rerun-if-changed=packaging/start-order.ld");
+    if std::env::var("PROFILE")? == "release" {
+        let order = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("packaging/start-order.ld");
+        println!("cargo::rustc-link-arg-bins=-Wl,-T,{}", order.display());
+    }
     let served = [
         "grpc/health/v1/health.proto",
         "istio/v1/auth/ca.proto",

@@ -1,8 +1,9 @@
 //! Asking the authority, with whatever credential there is.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use tokio::sync::Mutex;
 use tonic::{Code, Streaming};
 use zeroize::Zeroizing;
 
@@ -119,7 +120,7 @@ pub struct Asker {
     lifetime: Option<Lifetime>,
     kind: KeyKind,
     /// A connection without a client certificate, for all that is asked with tokens, and the roots that it was made with.
-    shared: Mutex<Option<(Zeroizing<Vec<u8>>, PathBuf, Client)>>,
+    shared: Mutex<Option<(Zeroizing<Vec<u8>>, Client)>>,
     /// Tells this agent's reports from those of others of the same account.
     reporter: String,
 }
@@ -249,24 +250,22 @@ impl Asker {
 
     async fn client(&self, credential: Credential) -> Result<Client, Error> {
         let (text, roots) = self.roots()?;
-        let token = match &credential {
-            Credential::Token(path) => Some(path.clone()),
-            _ => None,
-        };
-        if let Some((same, of, client)) = &*self.shared.lock().unwrap_or_else(PoisonError::into_inner)
-            && *same == text
-            && token.as_ref() == Some(of)
-        {
-            return Ok(client.clone());
-        }
         let Authority { address, name, .. } = self.authority.clone();
-        let target = Target { address, roots, name, credential };
-        let client = Client::connect(target).await?;
-        if let Some(token) = token {
-            let kept = (text, token, client.clone());
-            *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        if !matches!(credential, Credential::Token(_)) {
+            return Ok(Client::connect(Target { address, roots, name, credential }).await?);
         }
-        Ok(client)
+        // Held while connecting: many who ask at once share one connection.
+        let mut shared = self.shared.lock().await;
+        let client = match &*shared {
+            Some((same, client)) if *same == text => client.clone(),
+            _ => {
+                let target = Target { address, roots, name, credential: Credential::None };
+                let client = Client::connect(target).await?;
+                *shared = Some((text, client.clone()));
+                client
+            }
+        };
+        Ok(client.showing(credential))
     }
 }
 

@@ -72,6 +72,10 @@ impl Agent {
 
     /// Has the authority sign a JWT-SVID for an identity that the caller is entitled to.
     pub async fn jwt(&self, id: &SpiffeId, audience: &[String]) -> Result<CreateJwtSvidResponse, Error> {
+        // Whose the agent's own credentials are decides whether it asks for itself or for another.
+        if self.wishes.own.is_some() && !self.wishes.others.contains_key(id) {
+            let _ = self.own().wait_for(Option::is_some).await;
+        }
         let held = self.held.current(id).flatten();
         self.asker.jwt(&self.wish(id), held.as_deref(), audience).await
     }

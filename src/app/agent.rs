@@ -12,7 +12,7 @@ use super::serve::{Error, GRACE, Signals, bind, fault, stopping, unexpected, unt
 use crate::admin;
 use crate::agent::files::{Folder, Options, Told};
 use crate::agent::{self, Agent, Asker, Authority, Credentials, Wishes};
-use crate::attest::OwnUser;
+use crate::attest::{Attestor, OwnUser, WorkloadsFile};
 use crate::config::agent::{Args, SOCKET};
 use crate::core::inspect::distance;
 use crate::endpoint::{self, Endpoint, sds};
@@ -46,7 +46,13 @@ async fn start(args: Args) -> Result<(), Error> {
     let asker = Asker::new(authority, args.ttl, args.key_kind.into());
     asker.check().map_err(usage)?;
     let credentials = Credentials { token: args.token_file.clone(), certificate: args.certificate.clone() };
-    let wishes = Wishes { own: Some(args.identity.clone()), credentials, ..Wishes::default() };
+    let workloads = args.workloads.as_deref().map(WorkloadsFile::open).transpose().map_err(usage)?;
+    let workloads = workloads.map(Arc::new);
+    let others = workloads.as_ref().map(|workloads| workloads.current().credentials()).unwrap_or_default();
+    let others = others
+        .into_iter()
+        .map(|(id, given)| (id, Credentials { token: given.token, certificate: given.certificate }));
+    let wishes = Wishes { own: Some(args.identity.clone()), credentials, others: others.collect() };
     let names = <[String; 3]>::try_from(args.file_names.clone()).map_err(|names| {
         let names = names.join(",");
         usage(format_args!("--file-names {names} are not three names, of chain, key and trust bundle"))
@@ -58,8 +64,8 @@ async fn start(args: Args) -> Result<(), Error> {
     let agent = Arc::new(agent);
     let socket = match (&args.socket, &args.files) {
         (Some(path), _) => Some(path.as_path()),
-        (None, None) => Some(Path::new(SOCKET)),
-        (None, Some(_)) => None,
+        (None, Some(_)) if workloads.is_none() => None,
+        (None, _) => Some(Path::new(SOCKET)),
     };
     let socket = socket.map(bind_socket).transpose()?;
     let folder = args.files.clone().map(|path| Folder::open(path, files(&args, names))).transpose();
@@ -82,7 +88,16 @@ async fn start(args: Args) -> Result<(), Error> {
     let mut _bound = None;
     if let Some((bound, listener)) = socket {
         _bound = Some(bound);
-        let endpoint = Endpoint { agent: agent.clone(), attestor: Arc::new(OwnUser::new(agent.own())) };
+        let attestor: Arc<dyn Attestor> = match workloads {
+            Some(workloads) => {
+                let followed = workloads.clone();
+                let stops = stopping();
+                tasks.spawn(async move { until(stops, followed.follow()).await });
+                workloads
+            }
+            None => Arc::new(OwnUser::new(agent.own())),
+        };
+        let endpoint = Endpoint { agent: agent.clone(), attestor };
         let sds = sds::service(endpoint.clone(), &mut registry);
         let ends = stopping();
         tasks.spawn(async move {

@@ -391,6 +391,12 @@ impl Client {
         Ok(answer.map_err(|status| self.fault(&status))?.into_inner())
     }
 
+    /// The same connection, which shows no certificate, for requests that show another token.
+    #[must_use]
+    pub fn showing(&self, credential: Credential) -> Self {
+        Self { target: Arc::new(Target { credential, ..Target::clone(&self.target) }), ..self.clone() }
+    }
+
     /// For the clients that are generated from the protocols.
     pub fn channel(&self) -> Channel {
         self.channel.clone()

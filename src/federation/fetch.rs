@@ -1,7 +1,7 @@
 //! Fetches the bundles of other trust domains, keeps the newest of each, and gives it to the authority's followers.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -311,7 +311,7 @@ impl One {
 }
 
 /// The bundle that an endpoint's trust domain began with.
-fn read_bundle(path: &PathBuf) -> Result<TrustBundle, String> {
+fn read_bundle(path: &Path) -> Result<TrustBundle, String> {
     let text = files::read(path, bundle::MAX as u64).map_err(|fault| fault.to_string())?;
     let read = match text.trim_ascii_start().first() {
         Some(b'{') => Published::from_json(&text).and_then(|bundle| bundle.roots()),
@@ -320,7 +320,7 @@ fn read_bundle(path: &PathBuf) -> Result<TrustBundle, String> {
     read.map_err(|fault| format!("{}: {fault}", path.display()))
 }
 
-fn read_roots(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, String> {
+fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let text = files::read(path, bundle::MAX as u64).map_err(|fault| fault.to_string())?;
     let roots = Certificate::all_from_pem(&text).map_err(|fault| format!("{}: {fault}", path.display()))?;
     if roots.is_empty() {

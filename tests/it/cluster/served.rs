@@ -37,7 +37,7 @@ pub(super) fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> 
 /// The metrics of one that has answered a request, about somebody whom no watch has told of.
 pub(crate) fn metrics_page() -> String {
     let (place, plane) = (Place::new(), ControlPlane::shared());
-    let mica = start(&place, plane, &[]);
+    let mica = start(&place, plane, &["--inject-address=127.0.0.1:0", "--inject-webhook=none"]);
     let namespace = plane.namespace();
     namespace.account("web");
     let token = namespace.token("web", "istio-ca", None);

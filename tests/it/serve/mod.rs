@@ -5,6 +5,7 @@ pub(crate) mod authority;
 pub(crate) mod clock;
 mod delivery;
 mod disk;
+pub(crate) mod federation;
 mod flood;
 mod grpc;
 mod kills;
