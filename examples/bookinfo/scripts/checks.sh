@@ -121,7 +121,7 @@ has_spans() {
 }
 
 check_metrics() {
-    wait_for 90 "seven targets in Prometheus that are up" is_answered 'sum(up) >= 7' 
+    wait_for 90 "seven targets in Prometheus that are up" is_answered 'sum(up) >= 7'
     wait_for 90 "Mica's metrics in Prometheus" is_answered 'sum(mica_certificates_issued_total) > 0'
     wait_for 90 "Envoy's metrics in Prometheus" is_answered 'sum(envoy_listener_ssl_handshake) > 0'
     wait_for 90 "refusals in Prometheus" is_answered 'sum(envoy_http_rbac_denied) > 0'
