@@ -114,6 +114,7 @@ fn read(file: &Path) -> Result<Workloads, String> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "tests change files as other programs do")]
 mod tests {
     use tokio::net::UnixStream;
 

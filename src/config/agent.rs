@@ -75,10 +75,14 @@ pub struct Args {
     #[arg(long, value_name = "KIND", default_value = "p256", env = "MICA_KEY_KIND", hide_env = true)]
     pub key_kind: MadeKind,
 
-    /// Unix socket of Envoy's SDS and the SPIFFE Workload API, for processes of the agent's own user [default:
-    /// /run/mica/agent.sock, or none with --files]
+    /// Unix socket of Envoy's SDS and the SPIFFE Workload API, for processes of the agent's own user, or for those of
+    /// --workloads [default: /run/mica/agent.sock, or none with --files alone]
     #[arg(long, value_name = "PATH", env = "MICA_SOCKET", hide_env = true)]
     pub socket: Option<PathBuf>,
+
+    /// Which processes are which workloads (YAML), by user, group, binary or systemd unit; read again when it changes
+    #[arg(long, value_name = "FILE", env = "MICA_WORKLOADS", hide_env = true)]
+    pub workloads: Option<PathBuf>,
 
     /// Folder to keep the certificate, its key and the trust bundle in; what another agent left there is taken over
     #[arg(long, value_name = "DIR", env = "MICA_FILES", hide_env = true)]
@@ -141,6 +145,10 @@ pub struct Args {
         hide_env = true
     )]
     pub http_address: SocketAddr,
+
+    /// Where spans go.
+    #[command(flatten)]
+    pub trace: super::trace::Args,
 
     /// How the log is written [default: human on a terminal, else json]
     #[arg(long, value_name = "FORMAT", value_enum, env = "MICA_LOG_FORMAT", hide_env = true)]

@@ -25,8 +25,8 @@ use metrics::Metrics;
 use resource::{Shelf, TYPE_URL};
 use stream::{Asked, Conversation, Found, Holds, Names, News, Protocol, Responses, Wanted};
 
-/// An Envoy lists its extensions in its first request, which is about 100 KiB.
-const MAX_REQUEST: usize = 1 << 20;
+/// An Envoy lists its extensions, which takes 36 KiB, and whatever it was told to say of itself.
+const MAX_REQUEST: usize = 256 * 1024;
 /// A single request waits this long for a certificate that is being obtained.
 const FETCH: Duration = Duration::from_secs(10);
 

@@ -133,10 +133,12 @@ fn bookinfo_runs_as_processes_under_mutual_tls() {
     // An authority, six services with an agent and an Envoy each, Zipkin, Prometheus.
     assert_eq!(processes.len(), 21, "{processes:?}");
 
-    // One that lets in whom it should not is found out.
+    // One that lets in too many is found out.
     let callers = bookinfo.path("sidecars/ratings/callers");
     let text = fs::read_to_string(callers.join("callers.yaml")).unwrap();
-    fs::write(callers.join("new"), text.replace("sa/reviews-v2\"", "sa/reviews-v1\"")).unwrap();
+    let one = text.lines().find(|line| line.contains("sa/reviews-v2\"")).unwrap();
+    let text = text.replace(one, &format!("{one}\n{}", one.replace("reviews-v2", "reviews-v1")));
+    fs::write(callers.join("new"), text).unwrap();
     fs::rename(callers.join("new"), callers.join("callers.yaml")).unwrap();
     let found = wait_for(Duration::from_secs(60), "a fault that is found", || bookinfo.check().err());
     assert!(found.contains("reviews-v1 asked ratings and was answered 200 instead of 403"), "{found}");

@@ -16,11 +16,11 @@ use mica::proto::istio::v1::auth::istio_certificate_service_client::IstioCertifi
 use crate::serve::{self, mtls, wait_for};
 use crate::{agent, cluster, parts};
 
-fn checkout() -> PathBuf {
+pub(crate) fn checkout() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn read(path: &str) -> String {
+pub(crate) fn read(path: &str) -> String {
     fs::read_to_string(checkout().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
@@ -96,7 +96,7 @@ fn the_help_of_serve_names_the_documented_flags() {
 }
 
 /// The families of a page: the type and the labels of each.
-fn families(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
+pub(crate) fn families(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let mut families = BTreeMap::new();
     let mut current = String::new();
     for line in page.lines() {
@@ -122,7 +122,7 @@ fn families(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
 fn every_metric_is_documented_as_it_is() {
     let place = serve::Place::new();
     place.account("web");
-    let mica = place.start(&["--trial-tokens"]);
+    let mica = place.start(&["--trial-tokens", "--trace-otlp", "http://127.0.0.1:1"]);
     // One request that is granted, and one that is not.
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         place.leaf("web");
@@ -173,7 +173,7 @@ fn every_metric_is_documented_as_it_is() {
     assert_eq!(found, documented_metrics("docs/metrics.md"));
 }
 
-fn documented_metrics(document: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
+pub(crate) fn documented_metrics(document: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     rows(&read(document))
         .into_iter()
         .filter(|(_, cells)| cells.len() > 6)
@@ -191,6 +191,7 @@ fn every_metric_of_the_agent_is_documented_as_it_is() {
     let path = place.root.path().join("token-shop-web");
     fs::write(&path, "none").unwrap();
     command.arg("--token-file").arg(&path).arg("--files").arg(place.root.path().join("certs"));
+    command.args(["--trace-otlp", "http://127.0.0.1:1"]);
     let agent = agent::start(&place, "web", &mut command);
     let page = |wanted: &str| {
         wait_for(Duration::from_secs(10), wanted, || {
@@ -353,13 +354,35 @@ fn anchor(heading: &str) -> String {
 }
 
 /// An Envoy that ends with the test.
-struct Running(std::process::Child);
+pub(crate) struct Running(pub(crate) std::process::Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// What an Envoy answers to an account of Bookinfo, by mutual TLS.
+pub(crate) fn ask(place: &serve::Place, port: u16, account: &str) -> String {
+    let folder = place.folder("bookinfo", account);
+    let mut openssl = parts::openssl()
+        .args(["s_client", "-quiet", "-verify_return_error", "-connect", &format!("127.0.0.1:{port}")])
+        .arg("-CAfile")
+        .arg(place.data().join("root-cert.pem"))
+        .arg("-cert")
+        .arg(folder.join("cert-chain.pem"))
+        .arg("-key")
+        .arg(folder.join("key.pem"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let request = b"GET / HTTP/1.1\r\nhost: reviews\r\nconnection: close\r\n\r\n";
+    // Whom Envoy refuses may find the connection closed already.
+    let _ = openssl.stdin.take().unwrap().write_all(request);
+    String::from_utf8(openssl.wait_with_output().unwrap().stdout).unwrap()
 }
 
 #[test]
@@ -387,30 +410,10 @@ fn the_envoy_of_the_readme_lets_in_productpage_alone() {
         .spawn()
         .unwrap();
     let _envoy = Running(envoy);
-    let ask = |account: &str| {
-        let folder = place.folder("bookinfo", account);
-        let mut openssl = parts::openssl()
-            .args(["s_client", "-quiet", "-verify_return_error", "-connect", &format!("127.0.0.1:{port}")])
-            .arg("-CAfile")
-            .arg(place.data().join("root-cert.pem"))
-            .arg("-cert")
-            .arg(folder.join("cert-chain.pem"))
-            .arg("-key")
-            .arg(folder.join("key.pem"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let request = b"GET / HTTP/1.1\r\nhost: reviews\r\nconnection: close\r\n\r\n";
-        // Whom Envoy refuses may find the connection closed already.
-        let _ = openssl.stdin.take().unwrap().write_all(request);
-        String::from_utf8(openssl.wait_with_output().unwrap().stdout).unwrap()
-    };
     wait_for(Duration::from_secs(10), "an answer of Envoy's", || {
-        ask("productpage").ends_with("hello from reviews-v1\n").then_some(())
+        ask(&place, port, "productpage").ends_with("hello from reviews-v1\n").then_some(())
     });
-    assert_eq!(ask("ratings"), "");
+    assert_eq!(ask(&place, port, "ratings"), "");
     mica.stop();
 }
 

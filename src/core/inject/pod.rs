@@ -342,6 +342,8 @@ impl<'a> Pod<'a> {
             Part::Text(format!("--authority-roots={CREDENTIALS_PATH}/root-cert.pem")),
             Part::Text(format!("--token-file={CREDENTIALS_PATH}/token")),
             Part::Text(format!("--socket={SOCKET_PATH}/agent.sock")),
+            // Istio's agent has the port that is usual, in the same pod.
+            Part::text("--http-address=127.0.0.1:0"),
         ];
         let mut mounts =
             vec![mount_of(CREDENTIALS, CREDENTIALS_PATH, false), mount_of(SOCKET, SOCKET_PATH, true)];

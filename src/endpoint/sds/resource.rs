@@ -73,12 +73,20 @@ pub(super) struct Made {
     pub(super) holds: Vec<(TrustDomain, Digest)>,
     any: Bytes,
     /// Keeps the place in memory that the shelf knows this by.
-    _of: Source,
+    of: Source,
 }
 
 impl Made {
     pub(super) fn any(&self) -> Any {
         Any { type_url: TYPE_URL.to_owned(), value: self.any.clone() }
+    }
+
+    /// The certificate, if it is one.
+    pub(super) fn svid(&self) -> Option<&Arc<Svid>> {
+        match &self.of {
+            Source::Svid { held } => Some(held),
+            Source::Bundles { .. } => None,
+        }
     }
 
     pub(super) fn is_certificate(&self) -> bool {
@@ -97,7 +105,7 @@ const BUNDLE: &str = "bundle";
 const BUNDLES: &str = "bundles";
 
 enum Source {
-    Svid { _held: Arc<Svid> },
+    Svid { held: Arc<Svid> },
     Bundles { _held: Arc<Bundles> },
 }
 
@@ -121,7 +129,7 @@ impl Shelf {
                 kind: CERTIFICATE,
                 holds: Vec::new(),
                 any: encoded(name, secret::Type::TlsCertificate(certificate)),
-                _of: Source::Svid { _held: svid.clone() },
+                of: Source::Svid { held: svid.clone() },
             }
         })
     }
@@ -145,7 +153,7 @@ impl Shelf {
                 kind: BUNDLE,
                 holds: vec![(domain.clone(), digest)],
                 any: encoded(name, secret::Type::ValidationContext(context)),
-                _of: Source::Bundles { _held: bundles.clone() },
+                of: Source::Bundles { _held: bundles.clone() },
             }
         }))
     }
@@ -180,7 +188,7 @@ impl Shelf {
                 kind: BUNDLES,
                 any: encoded(name, secret::Type::ValidationContext(context)),
                 holds,
-                _of: Source::Bundles { _held: bundles.clone() },
+                of: Source::Bundles { _held: bundles.clone() },
             }
         }))
     }
@@ -250,6 +258,74 @@ impl fmt::Debug for Specifier {
             Self::Filename(name) => write!(f, "file {name:?}"),
             Self::InlineBytes(bytes) => write!(f, "{} bytes", bytes.len()),
             Self::InlineString(text) => write!(f, "{} bytes", text.len()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::bundle::TrustBundle;
+    use crate::core::issuer;
+    use crate::core::key::KeyKind;
+    use crate::core::profile::Profile;
+    use crate::sys::{clock, keys};
+
+    fn bundles(domain: &TrustDomain) -> Arc<Bundles> {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let organization = "test".parse().unwrap();
+        let profile = Profile::Root { organization: &organization, trust_domain: domain };
+        let serial = keys::serial_number().unwrap();
+        let root = issuer::root(&key, &profile, "1d".parse().unwrap(), clock::now(), serial).unwrap();
+        let root = Certificate::from_der(root.der()).unwrap();
+        Arc::new(Bundles::new(domain.clone(), TrustBundle::new([root]).unwrap()))
+    }
+
+    #[test]
+    fn each_version_is_made_once_and_forgotten_with_its_last_holder() {
+        let (shelf, domain) = (Shelf::default(), TrustDomain::parse("example.org").unwrap());
+        let (first, second) = (bundles(&domain), bundles(&domain));
+        let made = shelf.bundle("ROOTCA", &domain, &first).unwrap();
+        let again = shelf.bundle("ROOTCA", &domain, &first).unwrap();
+        assert_eq!(made.any().value.as_ptr(), again.any().value.as_ptr());
+        let other = shelf.bundle("spiffe://example.org", &domain, &first).unwrap();
+        assert_eq!(made.version, other.version);
+        assert_ne!(made.any().value, other.any().value);
+        assert_ne!(made.version, shelf.bundle("ROOTCA", &domain, &second).unwrap().version);
+        let version = made.version.clone();
+        drop((made, again, other));
+        for number in 0..1000 {
+            drop(shelf.bundle(&number.to_string(), &domain, &second));
+        }
+        assert!(shelf.made.lock().unwrap().len() < 100);
+        assert_eq!(shelf.bundle("ROOTCA", &domain, &first).unwrap().version, version);
+    }
+
+    #[test]
+    fn a_version_of_several_is_of_their_names_too() {
+        let (shelf, domain) = (Shelf::default(), TrustDomain::parse("example.org").unwrap());
+        let held = bundles(&domain);
+        let of = |name: &str| (name.to_owned(), shelf.bundle(name, &domain, &held).unwrap());
+        let all = [of("a"), of("b")];
+        assert_eq!(version(&all), version(&[of("a"), of("b")]));
+        assert_ne!(version(&all), version(&[of("a"), of("c")]));
+        assert_ne!(version(&all[..1]), version(&[of("b")]));
+        assert_eq!(version(&all[..1]), format!("a={}", all[0].1.version));
+    }
+
+    #[test]
+    fn names_are_those_of_the_contract_and_spiffe_ids() {
+        for (name, meaning) in [("default", Name::Default), ("ROOTCA", Name::Roots), ("ALL", Name::All)] {
+            assert_eq!(Name::parse(name), Ok(meaning));
+        }
+        let domain = TrustDomain::parse("example.org").unwrap();
+        assert_eq!(Name::parse("spiffe://example.org"), Ok(Name::Domain(domain)));
+        let id = SpiffeId::parse("spiffe://example.org/a").unwrap();
+        assert_eq!(Name::parse("spiffe://example.org/a"), Ok(Name::Workload(id)));
+        for name in
+            ["", "Default", "rootca", "all", "spiffe://example.org/", "SPIFFE://example.org", "file-root:x"]
+        {
+            assert!(Name::parse(name).is_err(), "{name}");
         }
     }
 }

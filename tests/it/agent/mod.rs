@@ -1,6 +1,8 @@
 //! `mica agent` as its users run it: the built program beside the built authority.
 
+mod conformance;
 mod files;
+mod workload_api;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,14 +1,21 @@
 //! The admission webhook, asked by a real API server.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kube::Client;
 use mica::cluster::INJECT_PERMISSIONS;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
-use super::control_plane::{ControlPlane, free_port};
+use super::control_plane::{ControlPlane, free_port, runtime};
 use super::manifests::{ask, denied, deployed, good};
 use crate::serve::{Mica, Place, SLACK, wait_for};
 
@@ -253,4 +260,86 @@ fn the_rules_for_the_webhook_are_those_that_the_program_says_it_needs() {
     let roles: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
     let said: Value = serde_saphyr::from_str(INJECT_PERMISSIONS).unwrap();
     assert_eq!(roles[0]["rules"], said);
+}
+
+/// A connection to the webhook's port from an address of this machine.
+async fn dial(
+    address: &str,
+    from: [u8; 4],
+    roots: &str,
+    name: &'static str,
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let mut store = rustls::RootCertStore::empty();
+    store.add_parsable_certificates(CertificateDer::pem_slice_iter(roots.as_bytes()).map(Result::unwrap));
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(store)
+        .with_no_client_auth();
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((from, 0).into())?;
+    let stream = socket.connect(address.parse().unwrap()).await?;
+    TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), stream).await
+}
+
+#[test]
+fn who_floods_the_webhook_keeps_nobody_from_being_answered() {
+    let webhook = Webhook::new();
+    let mica = webhook.start(&[]);
+    wait_for(SOON, "the caBundles", || webhook.is_trusted().then_some(()));
+    webhook.wait_until_injected("a pod with certificates");
+    let roots = webhook.place.root_pem();
+    let address = webhook.address.as_str();
+    let (here, elsewhere) = ([127, 0, 0, 1], [127, 0, 0, 2]);
+    let said = |request: String| {
+        let asked = async {
+            let mut stream = dial(address, here, &roots, "mica-inject.istio-system.svc").await.unwrap();
+            // It may answer, and hang up, before it has read all.
+            let _ = stream.write_all(request.as_bytes()).await;
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer).await;
+            String::from_utf8_lossy(&answer).into_owned()
+        };
+        runtime().block_on(async { tokio::time::timeout(Duration::from_secs(30), asked).await.unwrap() })
+    };
+    let post = |body: &str| {
+        format!("POST /inject HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    };
+    for (request, code) in [
+        (post("{}"), "400"),
+        (post("\u{0}"), "400"),
+        (post(&" ".repeat(3 << 20)), "413"),
+        ("GET /inject HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(), "405"),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n".to_owned(), "404"),
+        // Never sent.
+        ("POST /inject HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n".to_owned(), ""),
+    ] {
+        let answer = said(request);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {code}"))
+                || (code.is_empty() && !answer.contains("200 OK")),
+            "{code}: {answer}"
+        );
+    }
+    // The rest of what is said to others.
+    assert!(runtime().block_on(dial(address, here, &roots, "istiod.istio-system.svc")).is_err());
+
+    // Those who only listen, and those who have shaken hands and begun.
+    let mut held = Vec::new();
+    let silent: Vec<_> = (0..300).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+    for _ in 0..100 {
+        let begun = runtime().block_on(async {
+            let mut stream = dial(address, elsewhere, &roots, "mica-inject.istio-system.svc").await?;
+            stream.write_all(b"POST /inject HTTP/1.1\r\n").await?;
+            Ok::<_, std::io::Error>(stream)
+        });
+        held.extend(begun);
+    }
+    for _ in 0..20 {
+        assert!(has_certificates(&webhook.pod("shop", |_| {}).unwrap()));
+    }
+    drop((silent, held));
+    assert!(!mica.log().contains("panic"), "{}", mica.log());
+    mica.stop();
 }

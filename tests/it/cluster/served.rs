@@ -38,7 +38,8 @@ pub(super) fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> 
 pub(crate) fn metrics_page() -> String {
     let (place, plane) = (Place::new(), ControlPlane::shared());
     let file = crate::serve::federation::federation(&place, "trust_domains: {}");
-    let flags = ["--federation", &file, "--federated-config-map", "mica-federated-bundles"];
+    let mut flags = vec!["--federation", &*file, "--federated-config-map", "mica-federated-bundles"];
+    flags.extend(["--inject-address=127.0.0.1:0", "--inject-webhook=none"]);
     let mica = start(&place, plane, &flags);
     let namespace = plane.namespace();
     namespace.account("web");

@@ -54,12 +54,8 @@ impl Ca {
     }
 
     fn issue(&self, id: &str) -> Arc<Svid> {
-        self.issue_for(id, KeyKind::P256)
-    }
-
-    fn issue_for(&self, id: &str, kind: KeyKind) -> Arc<Svid> {
         let id = SpiffeId::parse(id).unwrap();
-        let key = keys::generate(kind).unwrap();
+        let key = keys::generate(KeyKind::P256).unwrap();
         let order = Order {
             profile: Profile::Workload { id: &id, dns: &[], proved_at: None },
             key: key.public(),
@@ -68,7 +64,7 @@ impl Ca {
         let leaf = self.issuer.issue(&order, clock::now(), keys::serial_number().unwrap()).unwrap();
         let leaf = Certificate::from_der(leaf.der()).unwrap();
         let renew_at = leaf.validity.not_after;
-        Arc::new(Svid { id, chain: vec![leaf], key: Arc::new(key), renew_at })
+        Arc::new(Svid { id, chain: vec![leaf], key: Arc::new(key), renew_at, trace: None })
     }
 }
 
@@ -155,10 +151,15 @@ impl Served {
         self.says.changes.send_replace(());
     }
 
-    /// The value of one series.
-    fn metric(&self, series: &str) -> u64 {
+    fn metrics(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        text
+    }
+
+    /// The value of one series.
+    fn metric(&self, series: &str) -> u64 {
+        let text = self.metrics();
         let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         line.map_or(0, |value| value.parse().unwrap())
     }

@@ -26,6 +26,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
 use super::{Ca, OTHER, OWN, Served, WEB, address, entitled, soon};
+use crate::docs;
 
 const TYPE: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -464,6 +465,21 @@ fn what_is_rejected_is_not_said_again() {
     served.hold(&next);
     is_of(&whole.hear().resources[0], "default", &next);
     assert_eq!(delta.hear().resources.len(), 1);
+}
+
+#[test]
+fn what_is_counted_is_documented() {
+    let ca = Ca::new(OWN);
+    let (served, _) = Served::with(&ca);
+    let mut whole = served.whole();
+    whole.say(wants(&["default", OTHER]));
+    let response = whole.hear();
+    whole.say(takes(&["default", OTHER], &response));
+    served.hold(&ca.issue(WEB));
+    let next = whole.hear();
+    whole.say(rejects(&["default", OTHER], &response.version_info, &next));
+    soon("it is counted", || served.metric("mica_sds_rejected_total{resource=\"certificate\"}") == 1);
+    assert_eq!(docs::families(&served.metrics()), docs::documented_metrics("docs/sds.md"));
 }
 
 #[test]

@@ -38,6 +38,8 @@ const usage = `usage:
     --endpoint-id ID --bundle FILE | --roots FILE
   serve-bundle FILE --trust-domain TD                a bundle endpoint; prints its URL; ends with standard input
     --svid FOLDER | --certificate FILE --key FILE
+  workload SOCKET --audience NAME                    the Workload API: X509Source, JWTSource and requests between
+                                                     two ends that take all from them, until standard input ends
 `
 
 var errUsage = errors.New("wrong usage")
@@ -79,6 +81,8 @@ func run(args []string) error {
 		return federate(args)
 	case "serve-bundle":
 		return serveBundle(args)
+	case "workload":
+		return workload(args)
 	}
 	return fmt.Errorf("%w: no command %q", errUsage, command)
 }

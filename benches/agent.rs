@@ -1,0 +1,218 @@
+//! What the agent costs on its socket. CPU time of the thread that serves, which is one core. `cargo bench --bench agent`,
+//! or `cargo bench --bench agent -- SECTION...`.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mica::agent::{Agent, Asker, Authority, Bundles, Svid, Wishes};
+use mica::attest::OwnUser;
+use mica::core::bundle::TrustBundle;
+use mica::core::certificate::Certificate;
+use mica::core::issuer::{self, Issuer, Order};
+use mica::core::key::KeyKind;
+use mica::core::profile::Profile;
+use mica::core::spiffe::{SpiffeId, TrustDomain};
+use mica::endpoint::{self, Endpoint, sds};
+use mica::proto::xds::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+};
+use mica::proto::xds::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
+use mica::sys::{clock, keys};
+use prometheus_client::registry::Registry;
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::{Barrier, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint as Remote};
+
+const PROXIES: usize = 1_000;
+const ROTATIONS: usize = 9;
+const ID: &str = "spiffe://example.org/ns/shop/sa/web";
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    type Section = (&'static str, fn());
+    let sections: [Section; 1] = [("rotation", rotation)];
+    for (name, section) in sections {
+        if arguments.is_empty() || arguments.iter().any(|a| a == name) {
+            section();
+        }
+    }
+}
+
+/// From a new certificate in the agent's hands to the last proxy's word that it took it.
+fn rotation() {
+    let served = Served::new();
+    for delta in [false, true] {
+        let clients = Builder::new_current_thread().enable_all().build().unwrap();
+        let told = Arc::new(Barrier::new(PROXIES + 1));
+        let pause = |ms| clients.block_on(async { tokio::time::sleep(Duration::from_millis(ms)).await });
+        for _ in 0..PROXIES {
+            let (socket, told) = (served.socket.clone(), told.clone());
+            clients.spawn(async move {
+                if delta { follow_delta(&socket, &told).await } else { follow(&socket, &told).await }
+            });
+        }
+        clients.block_on(told.wait());
+        let mut spent: Vec<Duration> = Vec::new();
+        for _ in 0..ROTATIONS {
+            // The answers of the round before are read as well.
+            let acknowledged = || served.metric("mica_sds_acknowledged_total{resource=\"certificate\"}");
+            let mut before = acknowledged();
+            loop {
+                pause(300);
+                let now = acknowledged();
+                if std::mem::replace(&mut before, now) == now {
+                    break;
+                }
+            }
+            let begun = served.worked();
+            served.hold();
+            clients.block_on(told.wait());
+            while acknowledged() < before + PROXIES as u64 {
+                pause(10);
+            }
+            spent.push(served.worked() - begun);
+        }
+        spent.sort();
+        let (protocol, median) = (if delta { "delta" } else { "state of the world" }, spent[ROTATIONS / 2]);
+        println!(
+            "a rotation to {PROXIES} streams, {protocol}, acknowledgements included: {:.0} ms of CPU ({:.0} to {:.0}; \
+             at most 250)",
+            ms(median),
+            ms(spent[0]),
+            ms(spent[ROTATIONS - 1]),
+        );
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+async fn client(socket: &Path) -> SecretDiscoveryServiceClient<Channel> {
+    let remote = Remote::from_shared(format!("unix://{}", socket.display())).unwrap();
+    SecretDiscoveryServiceClient::new(remote.connect().await.unwrap())
+}
+
+async fn follow(socket: &Path, told: &Barrier) {
+    let (say, said) = mpsc::channel(1);
+    let names = vec!["default".to_owned()];
+    let request = DiscoveryRequest { resource_names: names.clone(), ..Default::default() };
+    say.send(request).await.unwrap();
+    let mut heard =
+        client(socket).await.stream_secrets(ReceiverStream::new(said)).await.unwrap().into_inner();
+    while let Some(DiscoveryResponse { version_info, nonce, .. }) = heard.message().await.unwrap() {
+        let request = DiscoveryRequest {
+            version_info,
+            response_nonce: nonce,
+            resource_names: names.clone(),
+            ..Default::default()
+        };
+        say.send(request).await.unwrap();
+        told.wait().await;
+    }
+}
+
+async fn follow_delta(socket: &Path, told: &Barrier) {
+    let (say, said) = mpsc::channel(1);
+    let resource_names_subscribe = vec!["default".to_owned()];
+    say.send(DeltaDiscoveryRequest { resource_names_subscribe, ..Default::default() }).await.unwrap();
+    let mut heard = client(socket).await.delta_secrets(ReceiverStream::new(said)).await.unwrap().into_inner();
+    while let Some(DeltaDiscoveryResponse { nonce, .. }) = heard.message().await.unwrap() {
+        say.send(DeltaDiscoveryRequest { response_nonce: nonce, ..Default::default() }).await.unwrap();
+        told.wait().await;
+    }
+}
+
+/// An agent that holds one identity, on a thread of its own, in this process.
+struct Served {
+    agent: Arc<Agent>,
+    issuer: Issuer,
+    registry: Registry,
+    serving: Handle,
+    _folder: tempfile::TempDir,
+    socket: PathBuf,
+}
+
+impl Served {
+    fn new() -> Self {
+        let nowhere = Authority {
+            address: "127.0.0.1:1".parse().unwrap(),
+            name: None,
+            roots: PathBuf::from("/nonexistent"),
+        };
+        let id = SpiffeId::parse(ID).unwrap();
+        let wishes = Wishes { own: Some(Some(id.clone())), ..Wishes::default() };
+        let (agent, wanted) = Agent::new(Asker::new(nowhere, None, KeyKind::P256), wishes);
+        std::mem::forget(wanted);
+        let agent = Arc::new(agent);
+        let issuer = issuer(id.trust_domain());
+        agent.held.put_bundles(Bundles::new(id.trust_domain().clone(), (**issuer.bundle()).clone()));
+        agent.held.pin(&id);
+        let mut registry = Registry::default();
+        let endpoint = Endpoint { agent: agent.clone(), attestor: Arc::new(OwnUser::new(agent.own())) };
+        let service = sds::service(endpoint.clone(), &mut registry);
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("agent.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let serving = runtime.handle().clone();
+        std::thread::spawn(move || {
+            runtime.block_on(endpoint::serve(
+                listener,
+                8 * PROXIES,
+                endpoint,
+                service,
+                std::future::pending(),
+            ))
+        });
+        let served = Self { agent, issuer, registry, serving, _folder: folder, socket };
+        served.hold();
+        served
+    }
+
+    fn hold(&self) {
+        let id = SpiffeId::parse(ID).unwrap();
+        let key = keys::generate(KeyKind::P256).unwrap();
+        let profile = Profile::Workload { id: &id, dns: &[], proved_at: None };
+        let order = Order { profile, key: key.public(), lifetime: "1h".parse().unwrap() };
+        let leaf = self.issuer.issue(&order, clock::now(), keys::serial_number().unwrap()).unwrap();
+        let leaf = Certificate::from_der(leaf.der()).unwrap();
+        let renew_at = leaf.validity.not_after;
+        self.agent.held.put(Arc::new(Svid {
+            id,
+            chain: vec![leaf],
+            key: Arc::new(key),
+            renew_at,
+            trace: None,
+        }));
+    }
+
+    /// CPU time of the thread that serves.
+    fn worked(&self) -> Duration {
+        let (answer, asked) = std::sync::mpsc::channel();
+        self.serving.spawn(async move { answer.send(clock::worked()).unwrap() });
+        asked.recv().unwrap()
+    }
+
+    fn metric(&self, series: &str) -> u64 {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map_or(0, |value| value.parse().unwrap())
+    }
+}
+
+fn issuer(trust_domain: &TrustDomain) -> Issuer {
+    let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+    let organization = "bench".parse().unwrap();
+    let profile = Profile::Root { organization: &organization, trust_domain };
+    let serial = keys::serial_number().unwrap();
+    let root = issuer::root(&key, &profile, "10y".parse().unwrap(), clock::now(), serial).unwrap();
+    let root = Certificate::from_der(root.der()).unwrap();
+    let bundle = TrustBundle::new([root.clone()]).unwrap();
+    Issuer::new(Arc::new(key), &[root], bundle, trust_domain).unwrap()
+}
