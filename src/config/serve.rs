@@ -261,6 +261,10 @@ pub struct Args {
     #[arg(long, env = "MICA_TRIAL_TOKENS", hide_env = true)]
     pub trial_tokens: bool,
 
+    /// Where spans go.
+    #[command(flatten)]
+    pub trace: super::trace::Args,
+
     /// How the log is written [default: human on a terminal, else json]
     #[arg(long, value_name = "FORMAT", value_enum, env = "MICA_LOG_FORMAT", hide_env = true)]
     pub log_format: Option<LogFormat>,
