@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use mica::core::bundle::map_from_json;
 use mica::core::federation::{self, Foreign, Next, Profile, compare, read, refresh};
 use mica::core::jwt_svid::LONGEST;
+use mica::core::jwt_svid::validate::validate;
 use mica::core::key::KeyKind;
 use mica::core::keyring::{AHEAD, Keyring, PERIOD, REFRESH_HINT};
 use mica::core::published::Published;
 use mica::core::spiffe::TrustDomain;
-use mica::core::token::svid::validate;
+
 use mica::sys::keys;
 use serde_json::{Value, json};
 
@@ -151,7 +152,7 @@ pub(super) const RULES: &[Rule] = &[
         };
         let claims = json!({"sub": "spiffe://example.org/a", "aud": ["b"], "exp": 9_999_999_999u64});
         let token = format!("{}.{}.AA", part(json!({"alg": "ES256", "kid": "k"})), part(claims));
-        assert!(validate(&token, "b", asked, NOW).is_err());
+        assert!(validate(&token, "b", NOW, asked).is_err());
         proved_by(
             "a_bundle_of_go_spiffes_is_fetched_by_web_pki_newer_ones_alone_and_is_there_after_a_restart",
         );
