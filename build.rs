@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "google/rpc/error_details.proto",
     ];
     let local = ["spiffe/workload.proto"];
+    let sent = ["opentelemetry/proto/collector/trace/v1/trace_service.proto"];
     let xds = [
         "envoy/extensions/transport_sockets/tls/v3/secret.proto",
         "envoy/extensions/transport_sockets/tls/v3/tls_spiffe_validator_config.proto",
@@ -36,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), compiled(&served)?.encode_file_descriptor_set())?;
     let reflected = compiled(&[&local[..], &xds].concat())?;
     std::fs::write(out.join("local_descriptors.bin"), reflected.encode_file_descriptor_set())?;
-    let all = compiled(&[&served[..], &local].concat())?.file_descriptor_set();
+    let all = compiled(&[&served[..], &local, &sent].concat())?.file_descriptor_set();
     tonic_prost_build::configure().compile_fds(all)?;
     // With an Any of their own, whose bytes many responses share. What may hold a key is not shown.
     let own = out.join("xds");

@@ -182,7 +182,13 @@ impl Served {
         let leaf = self.issuer.issue(&order, clock::now(), keys::serial_number().unwrap()).unwrap();
         let leaf = Certificate::from_der(leaf.der()).unwrap();
         let renew_at = leaf.validity.not_after;
-        self.agent.held.put(Arc::new(Svid { id, chain: vec![leaf], key: Arc::new(key), renew_at }));
+        self.agent.held.put(Arc::new(Svid {
+            id,
+            chain: vec![leaf],
+            key: Arc::new(key),
+            renew_at,
+            trace: None,
+        }));
     }
 
     /// CPU time of the thread that serves.

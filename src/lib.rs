@@ -23,3 +23,4 @@ pub mod store;
 pub mod sys;
 pub mod telemetry;
 pub mod tool;
+pub mod trace;

@@ -24,6 +24,8 @@ const ROOMS: &[Room] = &[
     Room { name: "proto",     rank: 0, may: &[] },
     Room { name: "sys",       rank: 1, may: &["core"] },
     Room { name: "telemetry", rank: 1, may: &[] },
+    // Spans, and what sends them.
+    Room { name: "trace",     rank: 2, may: &["core", "proto", "sys"] },
     Room { name: "store",     rank: 3, may: &["core", "sys"] },
     Room { name: "source",    rank: 3, may: &["core", "sys"] },
     Room { name: "sink",      rank: 3, may: &["core", "sys"] },
@@ -32,7 +34,7 @@ const ROOMS: &[Room] = &[
     Room { name: "auth",      rank: 5, may: &["core", "sys", "telemetry", "authority"] },
     // Implements the traits of others on an API server.
     Room { name: "cluster",   rank: 6, may: &["core", "sys", "telemetry", "attest::", "auth::", "source::", "sink::", "store::"] },
-    Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "proto", "authority", "auth"] },
+    Room { name: "serve",     rank: 6, may: &["core", "sys", "telemetry", "trace::", "proto", "authority", "auth"] },
     // Bundles of this and of other trust domains, over HTTPS.
     Room { name: "federation", rank: 6, may: &["core", "sys", "authority"] },
     Room { name: "admin",     rank: 6, may: &["core", "sys", "telemetry"] },
@@ -41,13 +43,13 @@ const ROOMS: &[Room] = &[
     // Who is at the other end of the agent's socket.
     Room { name: "attest",    rank: 5, may: &["core", "sys", "telemetry"] },
     // Keeps what workloads have, and asks the authority for it.
-    Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "proto", "client", "sink"] },
+    Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "trace::", "proto", "client", "sink"] },
     // The agent's socket. Health is asked for there as at the authority's port.
-    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "proto", "attest::", "client::", "agent", "serve::health"] },
-    Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
+    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "trace::", "proto", "attest::", "client::", "agent", "serve::health"] },
+    Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "trace::", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },
-    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "federation", "admin", "client", "attest", "agent", "endpoint", "config"] },
+    Room { name: "app",       rank: 9, may: &["core", "proto", "sys", "telemetry", "trace", "store", "source", "sink", "authority", "auth", "cluster", "reconcile", "serve", "federation", "admin", "client", "attest", "agent", "endpoint", "config"] },
     // Of core, how to keep a line one line.
     Room { name: "main",      rank: 10, may: &["core::inspect", "telemetry", "tool", "config", "app"] },
     // lib.rs lists the rooms and does nothing else.

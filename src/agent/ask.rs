@@ -23,6 +23,7 @@ use crate::proto::mica::v1::{
     WatchBundlesResponse,
 };
 use crate::sys::{clock, files, keys};
+use crate::trace::Span;
 
 const MAX_ROOTS: u64 = 1 << 20;
 
@@ -143,25 +144,47 @@ impl Asker {
     }
 
     /// Makes a key and has it certified.
-    pub async fn certificate(&self, wish: &Wish, held: Option<&Svid>) -> Result<(Svid, TrustBundle), Error> {
+    pub async fn certificate(
+        &self,
+        wish: &Wish,
+        held: Option<&Svid>,
+        span: &Span,
+    ) -> Result<(Svid, TrustBundle), Error> {
+        let part = span.part("key");
         let key = keys::generate(self.kind)?;
+        let csr = pem::encode(pem::CSR, &nameless(&key.signing()?)?);
+        drop(part);
         let wanted = Wanted {
-            csr: pem::encode(pem::CSR, &nameless(&key.signing()?)?),
+            csr,
             lifetime: self.lifetime,
             impersonated: wish.id.clone().filter(|_| wish.impersonated),
             exact: false,
+            trace: None,
         };
         let ask = |client: Client| {
-            let wanted = wanted.clone();
-            async move { client.create_certificate(&wanted).await }
+            let mut wanted = wanted.clone();
+            let mut call = self.call(span, "istio.v1.auth.IstioCertificateService", "CreateCertificate");
+            async move {
+                wanted.trace = call.context();
+                let answer = client.create_certificate(&wanted).await;
+                answered(&mut call, answer.as_ref().err());
+                answer
+            }
         };
         let answer = self.with(wish, held, ask).await?;
+        let _part = span.part("judge");
         let now = clock::now();
         let granted = Granted::checked(&answer, key.public(), wish.id.as_ref(), now)
             .map_err(|fault| Error::Answer { address: self.address(), fault })?;
         let leaf = &granted.chain[0];
         let renew_at = renew_at(leaf.validity, &leaf.serial);
-        let svid = Svid { id: granted.id, chain: granted.chain, key: Arc::new(key), renew_at };
+        let svid = Svid {
+            id: granted.id,
+            chain: granted.chain,
+            key: Arc::new(key),
+            renew_at,
+            trace: span.context(),
+        };
         Ok((svid, granted.bundle))
     }
 
@@ -171,6 +194,7 @@ impl Asker {
         wish: &Wish,
         held: Option<&Svid>,
         audience: &[String],
+        span: &Span,
     ) -> Result<CreateJwtSvidResponse, Error> {
         let message = CreateJwtSvidRequest {
             audience: audience.to_vec(),
@@ -181,10 +205,14 @@ impl Asker {
         };
         let ask = |client: Client| {
             let message = message.clone();
+            let mut call = self.call(span, "mica.v1.AgentService", "CreateJwtSvid");
             async move {
                 let mut service = AgentServiceClient::new(client.channel());
-                let answer = service.create_jwt_svid(client.request(message)?).await;
-                answer.map(tonic::Response::into_inner).map_err(|status| client.fault(&status))
+                let request = client.traced(message, call.context())?;
+                let answer = service.create_jwt_svid(request).await;
+                let answer = answer.map(tonic::Response::into_inner).map_err(|status| client.fault(&status));
+                answered(&mut call, answer.as_ref().err());
+                answer
             }
         };
         self.with(wish, held, ask).await
@@ -213,6 +241,13 @@ impl Asker {
             }
         };
         self.with(wish, held, ask).await
+    }
+
+    fn call(&self, span: &Span, service: &'static str, method: &'static str) -> Span {
+        let mut call = span.call(service, method);
+        call.set("server.address", self.authority.address.host());
+        call.count("server.port", self.authority.address.port().into());
+        call
     }
 
     /// Asks with one credential after the other, as long as the authority says of them that it does not know who asks.
@@ -279,6 +314,21 @@ impl Followed {
     /// All bundles, anew; none when the authority has ended the stream.
     pub async fn next(&mut self) -> Result<Option<WatchBundlesResponse>, Error> {
         Ok(self.stream.message().await.map_err(|status| self.client.fault(&status))?)
+    }
+}
+
+/// What a call's span says in the end.
+fn answered(call: &mut Span, error: Option<&client::Error>) {
+    let denial = error.and_then(client::Error::denial);
+    if error.is_none() || denial.is_some() {
+        let code = denial.map_or(Code::Ok, |denial| denial.code);
+        call.count("rpc.grpc.status_code", i32::from(code).into());
+    }
+    if error.is_some() {
+        call.fail(denial.map_or("connection", client::Denial::code_name));
+    }
+    if let Some(reason) = denial.and_then(|denial| denial.reason.as_deref()) {
+        call.set("mica.reason", reason);
     }
 }
 

@@ -21,6 +21,7 @@ use crate::sink::{self, Found};
 use crate::sys::clock;
 use crate::sys::dir::Access;
 use crate::sys::process::{self, Signal};
+use crate::trace::Span;
 
 /// Damage is repaired this late.
 const LOOK: Duration = Duration::from_secs(3);
@@ -110,13 +111,17 @@ impl Folder {
             let wanted = {
                 let (svid, bundles) = (svid.borrow_and_update(), bundles.borrow_and_update());
                 match (&*svid, &*bundles) {
-                    (Some(svid), Some(bundles)) => set_of(svid, bundles).map(|set| (set, bundles.clone())),
+                    (Some(svid), Some(bundles)) => {
+                        set_of(svid, bundles).map(|set| (set, svid.clone(), bundles.clone()))
+                    }
                     _ => None,
                 }
             };
             let mut next = Instant::now() + LOOK;
-            if let Some((wanted, bundles)) = wanted {
-                match self.write(&wanted, &bundles, &consumer, written.as_ref()).await {
+            if let Some((wanted, svid, bundles)) = wanted {
+                let was_awaited = written.as_ref().is_none_or(|set| set.chain_pem != wanted.chain_pem);
+                let span = || agent.delivery(&svid, was_awaited);
+                match self.write(&wanted, &bundles, &consumer, written.as_ref(), span).await {
                     Ok(()) => (written, failures) = (Some(wanted), 0),
                     Err(fault) => {
                         failures += 1;
@@ -142,6 +147,7 @@ impl Folder {
         bundles: &Bundles,
         consumer: &Consumer,
         written: Option<&CertificateSet>,
+        span: impl FnOnce() -> Span,
     ) -> Result<(), sink::Error> {
         if !self.single.is_in_its_place() {
             self.single = Single::open(&self.path, self.options.access, self.options.names.clone())?;
@@ -154,7 +160,9 @@ impl Folder {
             _ => Some("it was gone".to_owned()),
         };
         let Some(why) = why else { return Ok(()) };
-        self.single.publish(wanted)?;
+        let mut span = span();
+        span.set("mica.folder", self.path.display());
+        self.single.publish(wanted).inspect_err(|_| span.fail("file"))?;
         tracing::info!(folder = %self.path.display(), why, "files written");
         if let Some(roots) = bundles.roots() {
             consumer.given(&bundles.own, roots.digest());
@@ -164,6 +172,7 @@ impl Folder {
         {
             tracing::error!(fault, "the files have changed, and who is to be told was not");
         }
+        drop(span);
         tokio::time::sleep(READERS).await;
         self.single.tidy()
     }
@@ -206,5 +215,5 @@ fn read(set: &CertificateSet, expected: Option<&SpiffeId>) -> Result<(Svid, Trus
     plan::judge(&normal, &id, &roots, now)?;
     let key = PrivateKey::from_pem(set.key_pem.as_bytes(), None, None).map_err(|fault| fault.to_string())?;
     let renew_at = renew_at(leaf.validity, &leaf.serial);
-    Ok((Svid { id, chain, key: Arc::new(key), renew_at }, roots))
+    Ok((Svid { id, chain, key: Arc::new(key), renew_at, trace: None }, roots))
 }

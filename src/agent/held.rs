@@ -12,6 +12,7 @@ use crate::core::bundle::TrustBundle;
 use crate::core::certificate::Certificate;
 use crate::core::key::PrivateKey;
 use crate::core::spiffe::{SpiffeId, TrustDomain};
+use crate::core::trace::Context;
 
 /// An X509-SVID with its key. Its key does not appear in `Debug`.
 pub struct Svid {
@@ -23,6 +24,8 @@ pub struct Svid {
     pub key: Arc<PrivateKey>,
     /// When its renewal begins.
     pub renew_at: OffsetDateTime,
+    /// What it was obtained in, if that is traced.
+    pub trace: Option<Context>,
 }
 
 impl Svid {

@@ -26,6 +26,7 @@ use crate::core::spiffe::{SpiffeId, TrustDomain};
 use crate::core::{chain, granted};
 use crate::proto::mica::v1::{Bundle, WatchBundlesResponse};
 use crate::sys::{clock, files, keys};
+use crate::trace::{Span, Tracer};
 
 /// So many requests are under way at once, as proxies of a node have it.
 const AT_ONCE: usize = 8;
@@ -87,6 +88,8 @@ struct Entry {
     failures: u32,
     asked: bool,
     svid: Option<Arc<Svid>>,
+    /// From when it was wanted, or was due, until there is a certificate.
+    span: Option<Span>,
 }
 
 struct Keeper {
@@ -103,7 +106,11 @@ impl Keeper {
         let svid = key.as_ref().and_then(|id| self.agent.held.current(id)).flatten();
         let now = clock::now();
         let due = svid.as_ref().map_or(now, |svid| svid.renew_at);
-        self.entries.entry(key).or_insert(Entry { due, failures: 0, asked: false, svid });
+        let tracer = &self.agent.tracer;
+        self.entries.entry(key).or_insert_with(|| {
+            let span = svid.is_none().then(|| begun(tracer, "new"));
+            Entry { due, failures: 0, asked: false, svid, span }
+        });
     }
 
     /// Sends what can be sent, and says how long nothing else is due.
@@ -141,15 +148,19 @@ impl Keeper {
         };
         let Some(entry) = self.entries.get_mut(&key) else { return };
         entry.asked = true;
+        let span = entry.span.get_or_insert_with(|| begun(&self.agent.tracer, "renewal")).part("obtain");
         let (agent, held) = (self.agent.clone(), entry.svid.clone());
-        self.tasks.spawn(async move { (key, obtain(&agent, &wish, held.as_deref()).await) });
+        self.tasks.spawn(async move {
+            let outcome = obtain(&agent, &wish, held.as_deref(), span).await;
+            (key, outcome)
+        });
     }
 
     fn settle(&mut self, key: Key, outcome: Outcome) {
         let now = clock::now();
         let Some(mut entry) = self.entries.remove(&key) else { return };
         entry.asked = false;
-        let (svid, bundle) = match outcome {
+        let (mut svid, bundle) = match outcome {
             Ok(got) => got,
             Err(error) => {
                 entry.failures = entry.failures.saturating_add(1);
@@ -170,6 +181,10 @@ impl Keeper {
                 return;
             }
         };
+        if let Some(mut span) = entry.span.take() {
+            span.set("mica.identity", &svid.id);
+            svid.trace = span.context();
+        }
         let svid = Arc::new(svid);
         entry.failures = 0;
         entry.due = svid.renew_at;
@@ -249,9 +264,24 @@ impl Keeper {
     }
 }
 
-async fn obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>) -> Outcome {
+fn begun(tracer: &Tracer, why: &'static str) -> Span {
+    let mut span = tracer.begin("certificate");
+    span.set("mica.why", why);
+    span
+}
+
+async fn obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, mut span: Span) -> Outcome {
+    let outcome = try_obtain(agent, wish, held, &span).await;
+    match &outcome {
+        Ok((svid, _)) => span.set("mica.identity", &svid.id),
+        Err(error) => span.fail(error.reason()),
+    }
+    outcome
+}
+
+async fn try_obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, span: &Span) -> Outcome {
     let begun = tokio::time::Instant::now();
-    let outcome = timeout(ANSWER, agent.asker.certificate(wish, held)).await.unwrap_or_else(|_| {
+    let outcome = timeout(ANSWER, agent.asker.certificate(wish, held, span)).await.unwrap_or_else(|_| {
         Err(Error::Client(client::Error::Slow {
             address: agent.asker.address(),
             what: "answer",

@@ -21,6 +21,7 @@ pub use keep::keep;
 
 use crate::core::spiffe::SpiffeId;
 use crate::proto::mica::v1::CreateJwtSvidResponse;
+use crate::trace::{Span, Tracer};
 use metrics::Metrics;
 
 /// Which identities are to be had, and with what.
@@ -40,6 +41,8 @@ pub struct Agent {
     pub held: Held,
     /// Which bundles its consumers hold.
     pub holders: Arc<Holders>,
+    /// Of what it does.
+    pub tracer: Tracer,
     asker: Asker,
     wishes: Wishes,
     own: watch::Sender<Option<SpiffeId>>,
@@ -56,6 +59,7 @@ impl Agent {
         let agent = Self {
             held,
             holders: Arc::default(),
+            tracer: Tracer::default(),
             asker,
             wishes,
             own,
@@ -77,7 +81,25 @@ impl Agent {
             let _ = self.own().wait_for(Option::is_some).await;
         }
         let held = self.held.current(id).flatten();
-        self.asker.jwt(&self.wish(id), held.as_deref(), audience).await
+        let mut span = self.tracer.begin("token");
+        span.set("mica.identity", id);
+        let answer = self.asker.jwt(&self.wish(id), held.as_deref(), audience, &span).await;
+        if let Err(error) = &answer {
+            span.fail(error.reason());
+        }
+        answer
+    }
+
+    /// A span for handing a certificate over: a part of what it was obtained in if it was waited for, else a trace of its
+    /// own.
+    pub fn delivery(&self, svid: &Svid, was_awaited: bool) -> Span {
+        if !self.tracer.is_on() {
+            return Span::default();
+        }
+        let mut span = self.tracer.follow(svid.trace.filter(|_| was_awaited), "deliver");
+        span.set("mica.identity", &svid.id);
+        span.set("mica.serial", svid.chain[0].serial_text());
+        span
     }
 
     /// Says whom the agent turned out to be, which what it holds from before tells.

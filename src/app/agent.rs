@@ -1,7 +1,7 @@
 //! `mica agent`.
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -16,12 +16,15 @@ use crate::attest::{Attestor, OfPods, OwnUser, WorkloadsFile};
 use crate::cluster::{Cluster, NodePods};
 use crate::config::agent::{Args, SOCKET};
 use crate::core::inspect::distance;
+use crate::core::spiffe::{ServiceAccount, SpiffeId};
 use crate::endpoint::{self, Endpoint, sds};
 use crate::sys::dir::{self, Access};
 use crate::sys::socket::Socket;
 use crate::sys::{self, clock, listen};
-use crate::telemetry;
+use crate::{telemetry, trace};
 
+/// In traces.
+const SERVICE: &str = "mica-agent";
 /// Everyone may connect: what a caller gets depends on who it is.
 const SOCKET_MODE: u32 = 0o777;
 
@@ -68,7 +71,10 @@ async fn start(args: Args) -> Result<(), Error> {
     let http = bind(args.http_address, "--http-address").await?;
     let open_files = listen::raise_open_files();
 
-    let (agent, wanted) = Agent::new(asker, wishes);
+    let mut registry = Registry::default();
+    let (mut agent, wanted) = Agent::new(asker, wishes);
+    let (tracer, exporters) = trace::start(&args.trace.options(), SERVICE, &mut registry);
+    agent.tracer = tracer;
     let agent = Arc::new(agent);
     let socket = match (&args.socket, &args.files) {
         (Some(path), _) => Some(path.as_path()),
@@ -76,12 +82,15 @@ async fn start(args: Args) -> Result<(), Error> {
         (None, _) => Some(Path::new(SOCKET)),
     };
     let socket = socket.map(bind_socket).transpose()?;
-    let folder = args.files.clone().map(|path| Folder::open(path, files(&args, names))).transpose();
-    let folder = folder.map_err(usage)?;
-    if let Some(id) = folder.as_ref().and_then(|folder| folder.take_over(&agent, args.identity.as_ref())) {
-        agent.is(&id);
+    let mut folders = Vec::new();
+    for (id, path) in folders_of(&args, workloads.as_deref())? {
+        let folder = Folder::open(path, files(&args, names.clone())).map_err(usage)?;
+        let taken = folder.take_over(&agent, id.as_ref().or(args.identity.as_ref()));
+        if let (None, Some(own)) = (&id, taken) {
+            agent.is(&own);
+        }
+        folders.push((folder, id));
     }
-    let mut registry = Registry::default();
     agent.register(&mut registry);
 
     let (stop, stopped) = watch::channel(false);
@@ -89,8 +98,15 @@ async fn start(args: Args) -> Result<(), Error> {
     let mut tasks = JoinSet::new();
     tasks.spawn(until(stopping(), agent::keep(agent.clone(), wanted)));
     tasks.spawn(until(stopping(), agent::holders::report(agent.clone())));
-    if let Some(folder) = folder {
-        tasks.spawn(until(stopping(), folder.keep(agent.clone(), None)));
+    for (folder, id) in folders {
+        tasks.spawn(until(stopping(), folder.keep(agent.clone(), id)));
+    }
+    for exporter in exporters {
+        let ends = stopping();
+        tasks.spawn(async move {
+            exporter.run(ends).await;
+            Ok(())
+        });
     }
     // There for as long as it is held.
     let mut _bound = None;
@@ -137,6 +153,26 @@ async fn start(args: Args) -> Result<(), Error> {
     }
     tracing::info!("stopped");
     ended
+}
+
+/// The folder of the agent's own identity, or one for each of many.
+fn folders_of(
+    args: &Args,
+    workloads: Option<&WorkloadsFile>,
+) -> Result<Vec<(Option<SpiffeId>, PathBuf)>, Error> {
+    let Some(folder) = &args.files else { return Ok(Vec::new()) };
+    let Some(workloads) = workloads else { return Ok(vec![(None, folder.clone())]) };
+    let workloads = workloads.current();
+    let placed = workloads.identities().into_iter().map(|id| {
+        let account = ServiceAccount::of(id).ok_or_else(|| {
+            usage(format_args!(
+                "--files has folders <namespace>/istio.<account>, and {id} is no service account; leave it out of --workloads, or --files"
+            ))
+        })?;
+        let path = folder.join(account.namespace()).join(format!("istio.{}", account.name()));
+        Ok((Some(id.clone()), path))
+    });
+    placed.collect()
 }
 
 fn bind_socket(path: &Path) -> Result<(Socket, UnixListener), Error> {

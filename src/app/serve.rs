@@ -38,7 +38,7 @@ use crate::source::folder::FolderSource;
 use crate::store::{AuthorityStore, BroughtStore, FolderKeyring, OwnStore, Place};
 use crate::sys::dir::Dir;
 use crate::sys::{self, clock, files, listen};
-use crate::telemetry;
+use crate::{telemetry, trace};
 
 /// Why Mica does not run, or no longer.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,8 @@ pub enum Error {
 
 /// A brought issuer whose time has not come is tried this often.
 const EARLY: Duration = Duration::from_secs(15);
+/// In traces.
+const SERVICE: &str = "mica";
 /// Who holds the data folder.
 const LOCK: &str = "lock";
 /// The delivered folders, in the data folder unless they are elsewhere.
@@ -203,6 +205,7 @@ async fn run_with(
     let mut registry = Registry::default();
     authority.register(&mut registry);
     let csr_metrics = serve::Metrics::register(&mut registry);
+    let (tracer, exporters) = trace::start(&args.trace.options(), SERVICE, &mut registry);
     policy.register(&mut registry);
     let queue = Queue::new(Handle::current().metrics().num_workers(), queue::MOST);
     queue.register(&mut registry);
@@ -262,7 +265,7 @@ async fn run_with(
         Box::new(move |proxy| forwarders.current().is_forwarder(proxy)),
         authority.trust_domain().clone(),
     );
-    let requests = Arc::new(Requests::new(
+    let requests = Requests::new(
         authority.clone(),
         vec![Box::new(tokens.clone()), Box::new(forwarded), Box::new(by_certificate)],
         liveness,
@@ -270,7 +273,8 @@ async fn run_with(
         policy.clone(),
         queue,
         csr_metrics,
-    ));
+    );
+    let requests = Arc::new(requests.traced(tracer));
     let agents = Agents::new(requests.clone());
     agents.register(&mut registry);
     let certificate = Arc::new(ServingCertificate::new(authority.clone(), names(&args.dns_names)));
@@ -322,6 +326,13 @@ async fn run_with(
         });
     }
     tasks.spawn(until(stopping(), follow(store, authority.clone(), events)));
+    for exporter in exporters {
+        let ends = stopping();
+        tasks.spawn(async move {
+            exporter.run(ends).await;
+            Ok(())
+        });
+    }
     let watched = authority.clone();
     tasks.spawn(until(stopping(), async move { watched.watch_over().await }));
     let (said, taken) = (policy.clone(), tokens.clone());

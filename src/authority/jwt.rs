@@ -106,7 +106,7 @@ impl Authority {
             why,
             authenticator,
             source = source.map(tracing::field::display),
-            trace,
+            trace = trace.map(tracing::field::display),
             "JWT-SVID issued"
         );
         Ok(grant)

@@ -22,6 +22,7 @@ pub use metrics::Metrics;
 use crate::core::issuer::{self, Issued, Issuer, Order};
 use crate::core::keyring::Keyring;
 use crate::core::spiffe::TrustDomain;
+use crate::core::trace::TraceId;
 use crate::sys::{clock, keys};
 
 /// Whether the issuer is about to end is looked at this often,
@@ -76,7 +77,7 @@ pub struct Cause<'a> {
     /// Where the caller is.
     pub source: Option<IpAddr>,
     /// The trace that the caller's request belongs to.
-    pub trace: Option<&'a str>,
+    pub trace: Option<TraceId>,
 }
 
 impl<'a> Cause<'a> {
@@ -127,7 +128,7 @@ impl Authority {
             why,
             authenticator,
             source = source.map(tracing::field::display),
-            trace,
+            trace = trace.map(tracing::field::display),
             "certificate issued"
         );
         Ok(Grant { issued, issuer })

@@ -28,6 +28,7 @@ use crate::core::key::PrivateKey;
 use crate::core::lifetime::Lifetime;
 use crate::core::refusal::DOMAIN;
 use crate::core::spiffe::SpiffeId;
+use crate::core::trace::Context;
 use crate::proto::google::rpc;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
 use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
@@ -233,6 +234,18 @@ impl Address {
     }
 }
 
+impl Address {
+    /// The name or the IP address.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
 impl std::str::FromStr for Address {
     type Err = Error;
 
@@ -313,6 +326,8 @@ pub struct Wanted {
     pub impersonated: Option<SpiffeId>,
     /// Whether the lifetime should not be shortened to spread renewals.
     pub exact: bool,
+    /// What the request is a part of.
+    pub trace: Option<Context>,
 }
 
 impl Wanted {
@@ -375,7 +390,7 @@ impl Client {
     /// Asks for a certificate: the answer is the leaf, its intermediates and the trust bundle, as they came.
     pub async fn create_certificate(&self, wanted: &Wanted) -> Result<Vec<String>, Error> {
         let mut service = IstioCertificateServiceClient::new(self.channel());
-        let answer = service.create_certificate(self.request(wanted.message())?).await;
+        let answer = service.create_certificate(self.traced(wanted.message(), wanted.trace)?).await;
         Ok(answer.map_err(|status| self.fault(&status))?.into_inner().cert_chain)
     }
 
@@ -407,6 +422,15 @@ impl Client {
         let mut request = tonic::Request::new(message);
         if let Credential::Token(path) = &self.target.credential {
             request.metadata_mut().insert("authorization", bearer(path)?);
+        }
+        Ok(request)
+    }
+
+    /// A request that also says what it is a part of.
+    pub fn traced<T>(&self, message: T, trace: Option<Context>) -> Result<tonic::Request<T>, Error> {
+        let mut request = self.request(message)?;
+        if let Some(parent) = trace.and_then(|trace| trace.traceparent().parse().ok()) {
+            request.metadata_mut().insert("traceparent", parent);
         }
         Ok(request)
     }

@@ -155,6 +155,10 @@ pub struct Args {
     )]
     pub http_address: SocketAddr,
 
+    /// Where spans go.
+    #[command(flatten)]
+    pub trace: super::trace::Args,
+
     /// How the log is written [default: human on a terminal, else json]
     #[arg(long, value_name = "FORMAT", value_enum, env = "MICA_LOG_FORMAT", hide_env = true)]
     pub log_format: Option<LogFormat>,

@@ -8,3 +8,4 @@ pub mod cli;
 pub mod inject;
 pub mod istio_ca;
 pub mod serve;
+pub mod trace;

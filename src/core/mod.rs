@@ -38,5 +38,6 @@ pub mod selection;
 pub mod settings;
 pub mod spiffe;
 pub mod token;
+pub mod trace;
 pub mod url;
 pub mod workloads;

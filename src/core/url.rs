@@ -1,4 +1,4 @@
-//! Where public keys are fetched from.
+//! Where public keys are fetched from, and spans are sent to.
 
 use core::net::IpAddr;
 use std::fmt;
@@ -59,32 +59,68 @@ impl FromStr for Url {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let written = || one_line(&shortened(text));
-        if text.contains('#') {
-            return Err(Error::Fragment(written()));
-        }
-        let uri: Uri =
-            text.parse().map_err(|e: http::uri::InvalidUri| Error::Form(written(), e.to_string()))?;
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-            return Err(Error::Form(written(), "it does not begin with https://".to_owned()));
-        };
-        if authority.as_str().contains('@') {
-            return Err(Error::User(written()));
-        }
-        if authority.host().is_empty() {
-            return Err(Error::Form(written(), "it has no host".to_owned()));
-        }
-        // The parser passes over what follows the bracket of an address.
-        let port = authority.port().map(|port| format!(":{port}")).unwrap_or_default();
-        if format!("{}{port}", authority.host()) != authority.as_str() {
-            return Err(Error::Form(written(), "its host is neither a name nor an address".to_owned()));
-        }
-        match scheme {
-            "https" => {}
-            "http" if is_local(&uri) => {}
-            _ => return Err(Error::Plain(written())),
+        let (uri, is_tls) = parsed(text)?;
+        if !is_tls && !is_local(&uri) {
+            return Err(Error::Plain(one_line(&shortened(text))));
         }
         Ok(Self { text: text.to_owned(), uri })
+    }
+}
+
+/// Where spans are sent: a URL of the scheme https, or http on any machine, since they hold no secret.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Collector(Url);
+
+impl Collector {
+    /// `path` is the one that collectors have by default, for a URL that names none.
+    pub fn new(text: &str, path: &str) -> Result<Self, Error> {
+        let (uri, _) = parsed(text)?;
+        if uri.path() != "/" || uri.query().is_some() {
+            return Ok(Self(Url { text: text.to_owned(), uri }));
+        }
+        let text = format!("{}{path}", text.trim_end_matches('/'));
+        let uri =
+            text.parse().map_err(|e: http::uri::InvalidUri| Error::Form(text.clone(), e.to_string()))?;
+        Ok(Self(Url { text, uri }))
+    }
+
+    /// All of it.
+    pub fn url(&self) -> &Url {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Collector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// And whether it is https.
+fn parsed(text: &str) -> Result<(Uri, bool), Error> {
+    let written = || one_line(&shortened(text));
+    if text.contains('#') {
+        return Err(Error::Fragment(written()));
+    }
+    let uri: Uri = text.parse().map_err(|e: http::uri::InvalidUri| Error::Form(written(), e.to_string()))?;
+    let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        return Err(Error::Form(written(), "it does not begin with https://".to_owned()));
+    };
+    if authority.as_str().contains('@') {
+        return Err(Error::User(written()));
+    }
+    if authority.host().is_empty() {
+        return Err(Error::Form(written(), "it has no host".to_owned()));
+    }
+    // The parser passes over what follows the bracket of an address.
+    let port = authority.port().map(|port| format!(":{port}")).unwrap_or_default();
+    if format!("{}{port}", authority.host()) != authority.as_str() {
+        return Err(Error::Form(written(), "its host is neither a name nor an address".to_owned()));
+    }
+    match scheme {
+        "https" => Ok((uri, true)),
+        "http" => Ok((uri, false)),
+        _ => Err(Error::Plain(written())),
     }
 }
 
@@ -152,6 +188,23 @@ mod tests {
             assert!(text.parse::<Url>().is_err(), "{text:?}");
         }
         assert!(matches!("https://a/#b".parse::<Url>(), Err(Error::Fragment(_))));
+    }
+
+    #[test]
+    fn a_collector_may_be_anywhere() {
+        let url =
+            |text: &str| Collector::new(text, "/v1/traces").map(|collector| collector.url().to_string());
+        for (text, full) in [
+            ("http://otel:4318", "http://otel:4318/v1/traces"),
+            ("https://otel/", "https://otel/v1/traces"),
+            ("http://10.0.0.1:1/other", "http://10.0.0.1:1/other"),
+            ("http://[::1]:1/?a=b", "http://[::1]:1/?a=b"),
+        ] {
+            assert_eq!(url(text).unwrap(), full);
+        }
+        for text in ["otel:4318", "grpc://otel", "http://a:b@otel", "http://otel/#a", "http://", ""] {
+            assert!(url(text).is_err(), "{text}");
+        }
     }
 
     #[test]

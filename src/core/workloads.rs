@@ -1,6 +1,6 @@
 //! Which local processes are which workloads, as a file says: `docs/workload-api.md` is the schema for people.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
@@ -135,6 +135,11 @@ impl Workloads {
             }
         }
         found
+    }
+
+    /// All that are named.
+    pub fn identities(&self) -> BTreeSet<&SpiffeId> {
+        self.0.iter().map(|workload| &workload.identity).collect()
     }
 
     /// Identities that are asked for with credentials of their own.

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use time::OffsetDateTime;
 use tokio::task::block_in_place;
 use tokio::time::Instant;
+use tonic::Code;
 use tracing::{Instrument as _, debug_span};
 
+use super::istio::{CREATE_CERTIFICATE, HANDLE_CSR};
 use super::metrics::Metrics;
 use super::queue::Queue;
 use crate::auth::{Authenticator, Evidence, Impersonation, Life, Liveness, LivingPolicy, Nodes};
@@ -22,7 +24,9 @@ use crate::core::policy::{self, Decision};
 use crate::core::profile::Profile;
 use crate::core::refusal::{Reason, Refusal};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain, shortened};
+use crate::core::trace::{Parent, TraceId};
 use crate::sys::{clock, keys};
+use crate::trace::{Span, Tracer};
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -89,6 +93,7 @@ pub struct Requests {
     calendar: Mutex<Calendar>,
     queue: Queue,
     metrics: Metrics,
+    tracer: Tracer,
 }
 
 impl Requests {
@@ -102,23 +107,46 @@ impl Requests {
         queue: Queue,
         metrics: Metrics,
     ) -> Self {
-        let calendar = Mutex::default();
-        Self { authority, authenticators, liveness, nodes, policy, calendar, queue, metrics }
+        let (calendar, tracer) = (Mutex::default(), Tracer::default());
+        Self { authority, authenticators, liveness, nodes, policy, calendar, queue, metrics, tracer }
+    }
+
+    /// With a span for each request, and one for each part of it.
+    #[must_use]
+    pub fn traced(mut self, tracer: Tracer) -> Self {
+        self.tracer = tracer;
+        self
     }
 
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
     /// log, and one more in the metrics.
     pub async fn grant(&self, ask: &Ask<'_>, evidence: &Evidence<'_>) -> Result<Grant, Refusal> {
         let begun = Instant::now();
-        let trace = trace_id(evidence);
-        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
+        let (mut told, trace) = self.span(ask.method, evidence);
+        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace = trace.map(display));
         let mut caller = None;
-        let work = self.try_grant(ask, evidence, &mut caller).instrument(span);
+        let work = self.try_grant(ask, evidence, &mut caller, &mut told, trace).instrument(span);
         let granted =
             self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
         let refusal = granted.as_ref().err();
         self.answered(ask.method, caller.as_ref(), refusal, begun, evidence.peer.source, trace);
+        ended(&mut told, caller.as_ref(), refusal);
+        if let Ok(grant) = &granted {
+            told.set("mica.serial", grant.issued.serial);
+        }
         granted
+    }
+
+    /// The request's span, and the trace that it belongs to.
+    fn span(&self, method: &'static str, evidence: &Evidence<'_>) -> (Span, Option<TraceId>) {
+        if !self.tracer.is_on() {
+            return (Span::default(), w3c_trace(evidence));
+        }
+        let parent = Parent::read(|name| header(evidence, name));
+        let mut span = self.tracer.answer(parent.as_ref(), service(method), method);
+        span.set("client.address", evidence.peer.source);
+        let trace = span.trace();
+        (span, trace)
     }
 
     /// Counts a request that was answered, and writes a line about one that was refused.
@@ -129,7 +157,7 @@ impl Requests {
         refusal: Option<&Refusal>,
         begun: Instant,
         source: IpAddr,
-        trace: Option<&str>,
+        trace: Option<TraceId>,
     ) {
         let authenticator = caller.map(|caller| caller.proof.name());
         self.metrics.answered(method, authenticator, refusal, begun.elapsed());
@@ -142,7 +170,7 @@ impl Requests {
             account = caller.map(|caller| tracing::field::display(&caller.account)),
             authenticator,
             %source,
-            trace,
+            trace = trace.map(display),
             "request refused"
         );
     }
@@ -152,14 +180,17 @@ impl Requests {
         ask: &Ask<'_>,
         evidence: &Evidence<'_>,
         known: &mut Option<Caller>,
+        told: &mut Span,
+        trace: Option<TraceId>,
     ) -> Result<Grant, Refusal> {
         let now = clock::now();
-        let (decision, csr) = self.judge(ask, evidence, known, now).await?;
+        let (decision, csr) = self.judge(ask, evidence, known, told, now).await?;
         let (Some(caller), Some(csr)) = (known, csr) else {
             return Err(Refusal::new(Reason::CsrMalformed, "there is no CSR"));
         };
         let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now)?;
         let id = decision.account.spiffe_id(self.authority.trust_domain());
+        told.set("mica.identity", &id);
         self.tell(&decision, lifetime, csr.requested().uri.as_deref().filter(|uri| *uri != id.as_str()));
         let proved_at = match caller.proof {
             Proof::Certificate { proved_at } => Some(proved_at),
@@ -171,9 +202,9 @@ impl Requests {
             why: "request",
             authenticator: Some(caller.proof.name()),
             source: Some(evidence.peer.source),
-            trace: trace_id(evidence),
+            trace,
         };
-        let _sign = debug_span!("sign").entered();
+        let _sign = (debug_span!("sign").entered(), told.part("sign"));
         let issue = || self.authority.issue(&order, now, &cause).map_err(unusable_issuer);
         // An RSA signature takes a millisecond and more: the connections go on, on another thread.
         if self.authority.issuer().signs_slowly() { block_in_place(issue) } else { issue() }
@@ -184,7 +215,7 @@ impl Requests {
         let mut caller = None;
         let work = async {
             let now = clock::now();
-            let judged = self.judge(ask, evidence, &mut caller, now).await;
+            let judged = self.judge(ask, evidence, &mut caller, &Span::default(), now).await;
             judged.and_then(|(decision, _)| {
                 let usable = self.authority.issuer().usable(now);
                 usable.map_err(|fault| unusable_issuer(fault.into()))?;
@@ -207,14 +238,15 @@ impl Requests {
     /// Signs a token, or says why not; as [`Requests::grant`] does for certificates.
     pub async fn grant_jwt(&self, ask: JwtAsk, evidence: &Evidence<'_>) -> Result<Token, Refusal> {
         let begun = Instant::now();
-        let trace = trace_id(evidence);
-        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace);
+        let (mut told, trace) = self.span(ask.method, evidence);
+        let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace = trace.map(display));
         let (method, mut caller) = (ask.method, None);
-        let work = self.try_grant_jwt(ask, evidence, &mut caller).instrument(span);
+        let work = self.try_grant_jwt(ask, evidence, &mut caller, &mut told, trace).instrument(span);
         let granted =
             self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
         let refusal = granted.as_ref().err();
         self.answered(method, caller.as_ref(), refusal, begun, evidence.peer.source, trace);
+        ended(&mut told, caller.as_ref(), refusal);
         granted
     }
 
@@ -223,23 +255,28 @@ impl Requests {
         ask: JwtAsk,
         evidence: &Evidence<'_>,
         known: &mut Option<Caller>,
+        told: &mut Span,
+        trace: Option<TraceId>,
     ) -> Result<Token, Refusal> {
         let now = clock::now();
-        let (caller, identity) = self.identify(ask.impersonated.as_deref(), evidence, known, now).await?;
-        let _authorize = debug_span!("authorize").entered();
+        let (caller, identity) =
+            self.identify(ask.impersonated.as_deref(), evidence, known, told, now).await?;
+        let authorize = (debug_span!("authorize").entered(), told.part("authorize"));
         let impersonated = ask.impersonated.is_some().then_some(&identity);
         let audience = Audience::new(ask.audience, self.authority.trust_domain())?;
         let asked = policy::Ask { caller, impersonated, key: None, dns: &[], lifetime: None, now };
         let (account, lifetime) = self.policy.current().jwt(&asked)?;
         let id = account.spiffe_id(self.authority.trust_domain());
+        told.set("mica.identity", &id);
         let cause = Cause {
             why: "request",
             authenticator: Some(caller.proof.name()),
             source: Some(evidence.peer.source),
-            trace: trace_id(evidence),
+            trace,
         };
         let order = JwtOrder { id: &id, audience: &audience, lifetime: lifetime.value };
-        let _sign = debug_span!("sign").entered();
+        drop(authorize);
+        let _sign = (debug_span!("sign").entered(), told.part("sign"));
         let grant = self.authority.issue_jwt(&order, now, &cause).map_err(|fault| {
             let sentence = "the authority cannot sign tokens now; try again";
             Refusal::new(Reason::IssuerUnusable, sentence).with_detail(fault.to_string())
@@ -253,7 +290,7 @@ impl Requests {
         let mut known = None;
         let admitted = self.try_admit(evidence, &mut known).await;
         if let Err(refusal) = &admitted {
-            let trace = trace_id(evidence);
+            let trace = w3c_trace(evidence);
             self.answered(method, known.as_ref(), Some(refusal), begun, evidence.peer.source, trace);
         }
         admitted
@@ -267,7 +304,7 @@ impl Requests {
     ) -> Result<Caller, Refusal> {
         let work = async {
             let now = clock::now();
-            let (caller, _) = self.identify(None, evidence, known, now).await?;
+            let (caller, _) = self.identify(None, evidence, known, &Span::default(), now).await?;
             let asked = policy::Ask { caller, impersonated: None, key: None, dns: &[], lifetime: None, now };
             self.policy.current().admit(&asked)?;
             Ok(caller.clone())
@@ -291,14 +328,20 @@ impl Requests {
         impersonated: Option<&str>,
         evidence: &Evidence<'_>,
         known: &'a mut Option<Caller>,
+        told: &Span,
         now: OffsetDateTime,
     ) -> Result<(&'a Caller, ServiceAccount), Refusal> {
+        let part = told.part("authenticate");
         let caller = self.authenticate(evidence, now).instrument(debug_span!("authenticate")).await?;
+        drop(part);
         let caller = known.insert(caller);
+        let part = told.part("liveness");
         self.lives(caller).instrument(debug_span!("liveness")).await?;
+        drop(part);
         let identity = match impersonated {
             None => caller.account.clone(),
             Some(wanted) => {
+                let _part = told.part("impersonation");
                 let identity = self.impersonated(caller, wanted, self.is_impersonator(&caller.account));
                 identity.instrument(debug_span!("impersonation")).await?
             }
@@ -312,13 +355,14 @@ impl Requests {
         ask: &Ask<'_>,
         evidence: &Evidence<'_>,
         known: &mut Option<Caller>,
+        told: &Span,
         now: OffsetDateTime,
     ) -> Result<(Decision, Option<CheckedCsr>), Refusal> {
         // What cannot be read is told to those alone who are somebody.
         let impersonated = ask.wishes.as_ref().ok().and_then(|wishes| wishes.impersonated.as_deref());
-        let (caller, identity) = self.identify(impersonated, evidence, known, now).await?;
+        let (caller, identity) = self.identify(impersonated, evidence, known, told, now).await?;
         let wishes = ask.wishes.as_ref().map_err(Clone::clone)?;
-        let _authorize = debug_span!("authorize").entered();
+        let _authorize = (debug_span!("authorize").entered(), told.part("authorize"));
         let csr = ask.csr.map(CheckedCsr::from_pem).transpose()?;
         if let Some(csr) = csr.as_ref().filter(|_| ask.names_itself) {
             self.names_itself(csr, &identity)?;
@@ -462,11 +506,35 @@ impl Requests {
     }
 }
 
-/// The trace that the request belongs to (W3C Trace Context, `traceparent`), so that a line in the log is found by it.
-fn trace_id<'a>(evidence: &Evidence<'a>) -> Option<&'a str> {
-    let parent = evidence.metadata.get("traceparent")?.to_str().ok()?;
-    let id = parent.strip_prefix("00-").filter(|_| parent.len() == 55)?.get(..32)?;
-    id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')).then_some(id)
+/// What the request's span says in the end. Who is known may wish to have it recorded.
+fn ended(told: &mut Span, caller: Option<&Caller>, refusal: Option<&Refusal>) {
+    if let Some(caller) = caller {
+        told.trust();
+        told.set("mica.authenticator", caller.proof.name());
+        told.set("mica.account", &caller.account);
+    }
+    let code = refusal.map_or(Code::Ok, |refusal| refusal.reason.code().into());
+    told.count("rpc.grpc.status_code", i32::from(code).into());
+    if let Some(refusal) = refusal {
+        told.fail(refusal.reason.name());
+    }
+}
+
+fn header<'a>(evidence: &Evidence<'a>, name: &str) -> Option<&'a str> {
+    evidence.metadata.get(name)?.to_str().ok()
+}
+
+/// The trace that the request says that it belongs to, so that a line in the log is found by it.
+fn w3c_trace(evidence: &Evidence<'_>) -> Option<TraceId> {
+    Parent::w3c(|name| header(evidence, name)).map(|parent| parent.trace)
+}
+
+fn service(method: &str) -> &'static str {
+    match method {
+        HANDLE_CSR => "istio.v1.auth.IstioCAService",
+        CREATE_CERTIFICATE => "istio.v1.auth.IstioCertificateService",
+        _ => "mica.v1.AgentService",
+    }
 }
 
 fn unknown(what: &str, why: String) -> Refusal {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::header::{ACCEPT, LOCATION, USER_AGENT};
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt as _, Empty, LengthLimitError, Limited};
-use hyper_rustls::HttpsConnectorBuilder;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -91,54 +91,10 @@ pub async fn get_from(url: &Url, limit: usize, trust: Trust) -> Result<Vec<u8>, 
 
 async fn fetch(url: &Url, limit: usize, trust: Trust) -> Result<Vec<u8>, Error> {
     let failed = |fault: String| Error::Failed { url: url.to_string(), fault };
-    let ring = rustls::crypto::ring::default_provider();
-    let roots = |e: std::io::Error| Error::Roots(super::reason(&e));
-    let builder = HttpsConnectorBuilder::new();
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    tcp.set_connect_timeout(Some(WITHIN));
-    let connector = match (url.uri().scheme_str(), trust) {
-        (Some("https"), Trust::Roots(roots)) => {
-            let mut store = rustls::RootCertStore::empty();
-            for root in roots {
-                store.add(root).map_err(|e| failed(e.to_string()))?;
-            }
-            let config = rustls::ClientConfig::builder_with_provider(ring.into())
-                .with_safe_default_protocol_versions()
-                .map_err(|e| failed(e.to_string()))?
-                .with_root_certificates(store)
-                .with_no_client_auth();
-            builder.with_tls_config(config).https_only().enable_http1().wrap_connector(tcp)
-        }
-        (Some("https"), Trust::Verifier(verifier)) => {
-            let config = rustls::ClientConfig::builder_with_provider(ring.into())
-                .with_safe_default_protocol_versions()
-                .map_err(|e| failed(e.to_string()))?
-                .dangerous()
-                .with_custom_certificate_verifier(verifier)
-                .with_no_client_auth();
-            builder.with_tls_config(config).https_only().enable_http1().wrap_connector(tcp)
-        }
-        (Some("https"), Trust::System) => {
-            // Some hundred certificates are parsed here.
-            tokio::task::spawn_blocking(move || builder.with_provider_and_native_roots(ring))
-                .await
-                .map_err(|e| failed(e.to_string()))?
-                .map_err(roots)?
-                .https_only()
-                .enable_http1()
-                .wrap_connector(tcp)
-        }
-        _ => {
-            // No TLS, and so nothing to trust.
-            let none = rustls::ClientConfig::builder_with_provider(ring.into())
-                .with_safe_default_protocol_versions()
-                .map_err(|e| failed(e.to_string()))?
-                .with_root_certificates(rustls::RootCertStore::empty())
-                .with_no_client_auth();
-            builder.with_tls_config(none).https_or_http().enable_http1().wrap_connector(tcp)
-        }
-    };
+    let connector = connector(url, trust).await.map_err(|fault| match fault {
+        Unconnected::Roots(fault) => Error::Roots(fault),
+        Unconnected::Other(fault) => failed(fault),
+    })?;
     let client: Client<_, Empty<&[u8]>> = Client::builder(TokioExecutor::new())
         .pool_max_idle_per_host(0)
         .http1_max_buf_size(64 * 1024)
@@ -166,8 +122,67 @@ async fn fetch(url: &Url, limit: usize, trust: Trust) -> Result<Vec<u8>, Error> 
     }
 }
 
+/// Why nobody can be connected to.
+pub(super) enum Unconnected {
+    /// The system's trust roots cannot be read.
+    Roots(String),
+    /// Anything else.
+    Other(String),
+}
+
+/// Connects to where a URL points, by TLS if it says so. The system's trust roots are those of now.
+pub(super) async fn connector(url: &Url, trust: Trust) -> Result<HttpsConnector<HttpConnector>, Unconnected> {
+    let ring = rustls::crypto::ring::default_provider();
+    let builder = HttpsConnectorBuilder::new();
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(Some(WITHIN));
+    Ok(match (url.uri().scheme_str(), trust) {
+        (Some("https"), Trust::Roots(roots)) => {
+            let mut store = rustls::RootCertStore::empty();
+            for root in roots {
+                store.add(root).map_err(|e| Unconnected::Other(e.to_string()))?;
+            }
+            let config = rustls::ClientConfig::builder_with_provider(ring.into())
+                .with_safe_default_protocol_versions()
+                .map_err(|e| Unconnected::Other(e.to_string()))?
+                .with_root_certificates(store)
+                .with_no_client_auth();
+            builder.with_tls_config(config).https_only().enable_http1().wrap_connector(tcp)
+        }
+        (Some("https"), Trust::Verifier(verifier)) => {
+            let config = rustls::ClientConfig::builder_with_provider(ring.into())
+                .with_safe_default_protocol_versions()
+                .map_err(|e| Unconnected::Other(e.to_string()))?
+                .dangerous()
+                .with_custom_certificate_verifier(verifier)
+                .with_no_client_auth();
+            builder.with_tls_config(config).https_only().enable_http1().wrap_connector(tcp)
+        }
+        (Some("https"), Trust::System) => {
+            // Some hundred certificates are parsed here.
+            tokio::task::spawn_blocking(move || builder.with_provider_and_native_roots(ring))
+                .await
+                .map_err(|e| Unconnected::Other(e.to_string()))?
+                .map_err(|e| Unconnected::Roots(super::reason(&e)))?
+                .https_only()
+                .enable_http1()
+                .wrap_connector(tcp)
+        }
+        _ => {
+            // No TLS, and so nothing to trust.
+            let none = rustls::ClientConfig::builder_with_provider(ring.into())
+                .with_safe_default_protocol_versions()
+                .map_err(|e| Unconnected::Other(e.to_string()))?
+                .with_root_certificates(rustls::RootCertStore::empty())
+                .with_no_client_auth();
+            builder.with_tls_config(none).https_or_http().enable_http1().wrap_connector(tcp)
+        }
+    })
+}
+
 /// The outermost error says little; what says something is below it.
-fn chain(fault: &dyn std::error::Error) -> String {
+pub(super) fn chain(fault: &dyn std::error::Error) -> String {
     let mut text = fault.to_string();
     let mut below = fault.source();
     while let Some(fault) = below {

@@ -8,6 +8,7 @@ pub mod files;
 pub mod keys;
 pub mod listen;
 pub mod peer;
+pub mod post;
 pub mod process;
 pub mod socket;
 pub mod tree;

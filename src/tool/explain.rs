@@ -267,6 +267,7 @@ fn there(arguments: &Explain) -> Result<Report, Error> {
         lifetime: arguments.lifetime,
         impersonated: arguments.impersonate.clone(),
         exact: false,
+        trace: None,
     };
     let (target, _) = connect::target(&Connect {
         address: arguments.address.clone(),

@@ -35,6 +35,7 @@ pub(super) fn request(arguments: &CsrRequest) -> Result<Report, Error> {
         lifetime: *ttl,
         impersonated: impersonate.clone(),
         exact: arguments.exact_lifetime,
+        trace: None,
     };
     let answer = connect::with(target, async |client| client.create_certificate(&wanted).await)?;
     let now = clock::now();

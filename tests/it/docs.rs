@@ -122,7 +122,7 @@ pub(crate) fn families(page: &str) -> BTreeMap<String, (String, BTreeSet<String>
 fn every_metric_is_documented_as_it_is() {
     let place = serve::Place::new();
     place.account("web");
-    let mica = place.start(&["--trial-tokens"]);
+    let mica = place.start(&["--trial-tokens", "--trace-otlp", "http://127.0.0.1:1"]);
     // One request that is granted, and one that is not.
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         place.leaf("web");
@@ -191,6 +191,7 @@ fn every_metric_of_the_agent_is_documented_as_it_is() {
     let path = place.root.path().join("token-shop-web");
     fs::write(&path, "none").unwrap();
     command.arg("--token-file").arg(&path).arg("--files").arg(place.root.path().join("certs"));
+    command.args(["--trace-otlp", "http://127.0.0.1:1"]);
     let agent = agent::start(&place, "web", &mut command);
     let page = |wanted: &str| {
         wait_for(Duration::from_secs(10), wanted, || {

@@ -20,3 +20,4 @@ mod parts;
 mod sds;
 mod serve;
 mod tool;
+mod tracing;

@@ -34,6 +34,16 @@ pub(crate) fn grpcurl() -> PathBuf {
     find("grpcurl")
 }
 
+/// Zipkin: where it listens is in the environment variable `QUERY_PORT`.
+pub(crate) fn zipkin() -> PathBuf {
+    find("zipkin")
+}
+
+/// A collector of the OpenTelemetry project's, `tests/parts/otel-collector`; its head says what it takes.
+pub(crate) fn otel_collector() -> PathBuf {
+    find("otel-collector")
+}
+
 /// A program of Kubernetes' control plane, etcd among them.
 pub(crate) fn kubernetes(name: &str) -> PathBuf {
     find("kubernetes").with_file_name(name)
@@ -62,6 +72,7 @@ fn every_part_is_there_and_runs() {
         (Command::new(go_spiffe()), "id"),
         (Command::new(faketime()), "--version"),
         (Command::new(grpcurl()), "-version"),
+        (Command::new(otel_collector()), "--version"),
         (Command::new(find("java")), "-version"),
         (Command::new(find("prometheus")), "--version"),
         (Command::new(find("prometheus").with_file_name("promtool")), "--version"),

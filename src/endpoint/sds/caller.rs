@@ -13,7 +13,7 @@ use tonic::{Code, Extensions, Status};
 
 use super::Shared;
 use super::resource::{Made, Name};
-use crate::agent::{Bundles, Consumer, Watched};
+use crate::agent::{Agent, Bundles, Consumer, Watched};
 use crate::attest::Entitled;
 use crate::core::spiffe::SpiffeId;
 use crate::endpoint::Endpoint;
@@ -88,6 +88,10 @@ impl Caller {
         }
         self.attested = Instant::now();
         Ok(())
+    }
+
+    pub(super) fn agent(&self) -> &Arc<Agent> {
+        &self.endpoint.agent
     }
 
     pub(super) fn is_fresh(&self) -> bool {

@@ -73,12 +73,20 @@ pub(super) struct Made {
     pub(super) holds: Vec<(TrustDomain, Digest)>,
     any: Bytes,
     /// Keeps the place in memory that the shelf knows this by.
-    _of: Source,
+    of: Source,
 }
 
 impl Made {
     pub(super) fn any(&self) -> Any {
         Any { type_url: TYPE_URL.to_owned(), value: self.any.clone() }
+    }
+
+    /// The certificate, if it is one.
+    pub(super) fn svid(&self) -> Option<&Arc<Svid>> {
+        match &self.of {
+            Source::Svid { held } => Some(held),
+            Source::Bundles { .. } => None,
+        }
     }
 
     pub(super) fn is_certificate(&self) -> bool {
@@ -97,7 +105,7 @@ const BUNDLE: &str = "bundle";
 const BUNDLES: &str = "bundles";
 
 enum Source {
-    Svid { _held: Arc<Svid> },
+    Svid { held: Arc<Svid> },
     Bundles { _held: Arc<Bundles> },
 }
 
@@ -121,7 +129,7 @@ impl Shelf {
                 kind: CERTIFICATE,
                 holds: Vec::new(),
                 any: encoded(name, secret::Type::TlsCertificate(certificate)),
-                _of: Source::Svid { _held: svid.clone() },
+                of: Source::Svid { held: svid.clone() },
             }
         })
     }
@@ -145,7 +153,7 @@ impl Shelf {
                 kind: BUNDLE,
                 holds: vec![(domain.clone(), digest)],
                 any: encoded(name, secret::Type::ValidationContext(context)),
-                _of: Source::Bundles { _held: bundles.clone() },
+                of: Source::Bundles { _held: bundles.clone() },
             }
         }))
     }
@@ -180,7 +188,7 @@ impl Shelf {
                 kind: BUNDLES,
                 any: encoded(name, secret::Type::ValidationContext(context)),
                 holds,
-                _of: Source::Bundles { _held: bundles.clone() },
+                of: Source::Bundles { _held: bundles.clone() },
             }
         }))
     }

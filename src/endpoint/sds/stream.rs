@@ -17,10 +17,13 @@ use super::Shared;
 use super::caller::{Caller, There};
 use super::metrics::Open;
 use super::resource::{self, Made, Name};
-use crate::agent::Consumer;
+use crate::agent::{Consumer, Svid};
 use crate::core::certificate::hex;
 use crate::core::inspect::one_line;
+use crate::trace::Span;
 
+/// In traces.
+const SERVICE: &str = "envoy.service.secret.v3.SecretDiscoveryService";
 /// More names than a proxy has certificates.
 const MAX_NAMES: usize = 128;
 /// Longer than any SPIFFE ID.
@@ -222,6 +225,8 @@ struct Sent {
     resources: Vec<(String, Arc<Made>)>,
     at: Instant,
     answered: bool,
+    /// Until it is answered.
+    spans: Vec<Span>,
 }
 
 pub(super) struct Conversation<P: Protocol> {
@@ -240,6 +245,8 @@ pub(super) struct Conversation<P: Protocol> {
     /// The version that each name was told with; none if it was told that there is nothing. What a proxy rejects stays
     /// here as well, so that it is not told the same again.
     told: BTreeMap<String, Option<String>>,
+    /// What is being obtained, since when, if that is traced.
+    awaited: BTreeMap<String, Instant>,
     sent: Option<Sent>,
     nonce: u64,
     complained: BTreeSet<String>,
@@ -260,6 +267,7 @@ impl<P: Protocol> Conversation<P> {
             named: false,
             holds: None,
             told: BTreeMap::new(),
+            awaited: BTreeMap::new(),
             sent: None,
             nonce: 0,
             complained: BTreeSet::new(),
@@ -306,8 +314,9 @@ impl<P: Protocol> Conversation<P> {
         let stale = !asked.nonce.is_empty() && answers.is_none();
         if let Some(sent) = answers.filter(|sent| !sent.answered) {
             sent.answered = true;
-            let resources = sent.resources.clone();
+            let (resources, spans) = (sent.resources.clone(), std::mem::take(&mut sent.spans));
             self.answered(&resources, asked.error.as_deref());
+            ended(spans, asked.error.is_some());
         }
         match asked.names {
             // It was sent before the last response was read, and will be said again in answer to that.
@@ -319,6 +328,7 @@ impl<P: Protocol> Conversation<P> {
                     false => Wanted::of(names)?,
                 };
                 self.told.retain(|name, _| wanted.contains(name));
+                self.awaited.retain(|name, _| wanted.contains(name));
                 self.wanted = wanted;
             }
             Names::Changed { subscribe, unsubscribe } => {
@@ -331,6 +341,7 @@ impl<P: Protocol> Conversation<P> {
                 self.wanted.add(subscribe)?;
                 let wanted = &self.wanted;
                 self.told.retain(|name, _| wanted.contains(name));
+                self.awaited.retain(|name, _| wanted.contains(name));
             }
         }
         if first {
@@ -388,6 +399,7 @@ impl<P: Protocol> Conversation<P> {
             found = Found::look(&mut self.caller, &self.wanted);
             changed = self.changed(&found);
         }
+        self.waits_for(&found);
         found.complain(&self.caller, &self.shared, &mut self.complained);
         if let Some(status) = found.nothing_but_refused() {
             return Err(status);
@@ -398,6 +410,7 @@ impl<P: Protocol> Conversation<P> {
         if changed.is_empty() && removed.is_empty() {
             return Ok(Turn::Wait { more });
         }
+        let spans = self.spans(&changed);
         for (name, made) in &changed {
             self.told.insert(name.clone(), Some(made.version.clone()));
         }
@@ -412,8 +425,35 @@ impl<P: Protocol> Conversation<P> {
                 self.consumer.iter().for_each(|consumer| consumer.given(domain, *bundle));
             }
         }
-        self.sent = Some(Sent { nonce, resources: changed, at: Instant::now(), answered: false });
+        self.sent = Some(Sent { nonce, resources: changed, at: Instant::now(), answered: false, spans });
         Ok(Turn::Say(response))
+    }
+
+    fn waits_for(&mut self, found: &Found) {
+        if self.caller.agent().tracer.is_on() {
+            for name in &found.waiting {
+                self.awaited.entry(name.clone()).or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    /// From when the proxy wanted each certificate, or there was another one, until it answers.
+    fn spans(&mut self, changed: &[(String, Arc<Made>)]) -> Vec<Span> {
+        let agent = self.caller.agent().clone();
+        if !agent.tracer.is_on() {
+            return Vec::new();
+        }
+        let certificates = changed.iter().filter_map(|(name, made)| Some((name, made.svid()?)));
+        let span = |(name, svid): (&String, &Arc<Svid>)| {
+            let since = self.awaited.remove(name);
+            let had_another = self.told.get(name).is_some_and(Option::is_some);
+            let mut span = agent.delivery(svid, since.is_some() || had_another);
+            span.is_answer(SERVICE, P::METHOD);
+            span.set("mica.resource", quoted(name));
+            span.since(since.unwrap_or_else(Instant::now));
+            span
+        };
+        certificates.map(span).collect()
     }
 
     /// What differs from what the proxy was told, on this stream or on one before.
@@ -446,6 +486,16 @@ enum Turn<T> {
     Wait {
         more: bool,
     },
+}
+
+/// The proxy has answered, and taken it or not.
+fn ended(spans: Vec<Span>, was_rejected: bool) {
+    for mut span in spans {
+        match was_rejected {
+            true => span.fail("rejected"),
+            false => span.set("mica.answer", "acknowledged"),
+        }
+    }
 }
 
 /// The responses of a conversation, each made when it is asked for.

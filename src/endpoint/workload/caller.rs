@@ -34,6 +34,10 @@ pub(super) struct Caller {
     /// One for each of the entitled, as soon as they are asked for.
     watched: Vec<Watched>,
     consumer: Option<Consumer>,
+    /// The certificates that it was sent before, by serial number, if that is traced.
+    traced: Option<BTreeSet<String>>,
+    begun: Instant,
+    has_waited: bool,
 }
 
 /// An identity, with what there is for it.
@@ -58,6 +62,9 @@ impl Caller {
             changes,
             watched: Vec::new(),
             consumer,
+            traced: None,
+            begun: Instant::now(),
+            has_waited: false,
         })
     }
 
@@ -71,6 +78,7 @@ impl Caller {
         let all = self.entitled.iter().zip(&mut self.watched);
         all.map(|(entitled, watched)| {
             let svid = watched.borrow_and_update().clone().filter(|svid| svid.not_after() > now);
+            self.has_waited |= svid.is_none();
             Identity { entitled, svid }
         })
         .collect()
@@ -88,6 +96,30 @@ impl Caller {
                 consumer.given(domain, x509.digest());
             }
         }
+    }
+
+    /// A span for each certificate that it had not been sent before.
+    pub(super) fn trace(&mut self, method: &'static str) {
+        let agent = self.endpoint.agent.clone();
+        if !agent.tracer.is_on() {
+            return;
+        }
+        let all = self.watched.iter().filter_map(|watched| watched.borrow().clone());
+        let all: Vec<_> = all.map(|svid| (svid.chain[0].serial_text(), svid)).collect();
+        let begun = self.begun;
+        for (_, svid) in all.iter().filter(|(serial, _)| !self.has_traced(serial)) {
+            let was_awaited = self.traced.is_some() || self.has_waited;
+            let mut span = agent.delivery(svid, was_awaited);
+            span.is_answer("SpiffeWorkloadAPI", method);
+            if self.traced.is_none() {
+                span.since(begun);
+            }
+        }
+        self.traced = Some(all.into_iter().map(|(serial, _)| serial).collect());
+    }
+
+    fn has_traced(&self, serial: &String) -> bool {
+        self.traced.as_ref().is_some_and(|traced| traced.contains(serial))
     }
 
     /// Attests it again, unless that was just done. As long as that cannot be done, what was found before holds: the

@@ -19,6 +19,9 @@ pub(super) trait Kind: Send + 'static {
     /// All that there is now, and whether something is still being obtained.
     fn look(caller: &mut Caller) -> Result<(Self::Response, bool), Status>;
 
+    /// A response goes out.
+    fn delivered(_: &mut Caller) {}
+
     /// What a later response is compared with.
     fn kept(response: &Self::Response) -> Self::Response {
         response.clone()
@@ -64,6 +67,10 @@ impl Kind for X509Svids {
         }
         caller.was_given(&bundles);
         Ok((response, waits))
+    }
+
+    fn delivered(caller: &mut Caller) {
+        caller.trace("FetchX509SVID");
     }
 
     /// Without the keys: another certificate has another one.
@@ -145,6 +152,7 @@ impl<K: Kind> Following<K> {
     /// The next response that differs from the one before.
     async fn next(&mut self) -> Result<K::Response, Status> {
         if let Some(first) = self.first.take() {
+            K::delivered(&mut self.caller);
             return Ok(first);
         }
         loop {
@@ -154,6 +162,7 @@ impl<K: Kind> Following<K> {
             let kept = K::kept(&response);
             if kept != self.sent {
                 self.sent = kept;
+                K::delivered(&mut self.caller);
                 return Ok(response);
             }
         }

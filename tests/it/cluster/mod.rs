@@ -3,6 +3,7 @@
 mod admission;
 mod control_plane;
 mod events;
+mod federated;
 mod injection;
 mod istio_ca;
 mod keyring;

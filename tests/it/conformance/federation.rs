@@ -11,7 +11,6 @@ use mica::core::key::KeyKind;
 use mica::core::keyring::{AHEAD, Keyring, PERIOD, REFRESH_HINT};
 use mica::core::published::Published;
 use mica::core::spiffe::TrustDomain;
-
 use mica::sys::keys;
 use serde_json::{Value, json};
 

@@ -210,7 +210,7 @@ fn what_envoy_rejects_is_sent_once_and_what_it_has_goes_on() {
         // Another's key.
         let (of, key) = (ca.issue(WEB), ca.issue(WEB).key.clone());
         let (id, chain, renew_at) = (of.id.clone(), of.chain.clone(), of.renew_at);
-        served.hold(&Arc::new(Svid { id, chain, key, renew_at }));
+        served.hold(&Arc::new(Svid { id, chain, key, renew_at, trace: None }));
         soon("it is rejected", || count("rejected") == 2);
         std::thread::sleep(Duration::from_secs(3));
         load.wait_for(50);

@@ -64,7 +64,7 @@ impl Ca {
         let leaf = self.issuer.issue(&order, clock::now(), keys::serial_number().unwrap()).unwrap();
         let leaf = Certificate::from_der(leaf.der()).unwrap();
         let renew_at = leaf.validity.not_after;
-        Arc::new(Svid { id, chain: vec![leaf], key: Arc::new(key), renew_at })
+        Arc::new(Svid { id, chain: vec![leaf], key: Arc::new(key), renew_at, trace: None })
     }
 }
 
