@@ -12,14 +12,15 @@ use super::serve::{Error, GRACE, Signals, bind, fault, stopping, unexpected, unt
 use crate::admin;
 use crate::agent::files::{Folder, Options, Told};
 use crate::agent::{self, Agent, Asker, Authority, Credentials, Wishes};
-use crate::attest::{Attestor, OwnUser, WorkloadsFile};
+use crate::attest::{Attestor, OfPods, OwnUser, WorkloadsFile};
+use crate::cluster::{Cluster, NodePods};
 use crate::config::agent::{Args, SOCKET};
 use crate::core::inspect::distance;
 use crate::core::spiffe::{ServiceAccount, SpiffeId};
 use crate::endpoint::{self, Endpoint, sds};
 use crate::sys::dir::{self, Access};
 use crate::sys::socket::Socket;
-use crate::sys::{clock, listen};
+use crate::sys::{self, clock, listen};
 use crate::{telemetry, trace};
 
 /// In traces.
@@ -55,6 +56,13 @@ async fn start(args: Args) -> Result<(), Error> {
     let others = others
         .into_iter()
         .map(|(id, given)| (id, Credentials { token: given.token, certificate: given.certificate }));
+    let pods = match args.node {
+        true => {
+            let node = args.node_name.clone().unwrap_or_else(sys::host_name);
+            Some(Arc::new(NodePods::new(&Cluster::find().await.map_err(usage)?, &node)))
+        }
+        false => None,
+    };
     let wishes = Wishes { own: Some(args.identity.clone()), credentials, others: others.collect() };
     let names = <[String; 3]>::try_from(args.file_names.clone()).map_err(|names| {
         let names = names.join(",");
@@ -70,7 +78,7 @@ async fn start(args: Args) -> Result<(), Error> {
     let agent = Arc::new(agent);
     let socket = match (&args.socket, &args.files) {
         (Some(path), _) => Some(path.as_path()),
-        (None, Some(_)) if workloads.is_none() => None,
+        (None, Some(_)) if workloads.is_none() && !args.node => None,
         (None, _) => Some(Path::new(SOCKET)),
     };
     let socket = socket.map(bind_socket).transpose()?;
@@ -104,14 +112,20 @@ async fn start(args: Args) -> Result<(), Error> {
     let mut _bound = None;
     if let Some((bound, listener)) = socket {
         _bound = Some(bound);
-        let attestor: Arc<dyn Attestor> = match workloads {
-            Some(workloads) => {
+        let attestor: Arc<dyn Attestor> = match (workloads, pods) {
+            (None, Some(pods)) => {
+                let followed = pods.clone();
+                let stops = stopping();
+                tasks.spawn(async move { until(stops, followed.follow()).await });
+                Arc::new(OfPods::new(pods, agent.own()))
+            }
+            (Some(workloads), _) => {
                 let followed = workloads.clone();
                 let stops = stopping();
                 tasks.spawn(async move { until(stops, followed.follow()).await });
                 workloads
             }
-            None => Arc::new(OwnUser::new(agent.own())),
+            (None, None) => Arc::new(OwnUser::new(agent.own())),
         };
         let endpoint = Endpoint { agent: agent.clone(), attestor };
         let sds = sds::service(endpoint.clone(), &mut registry);
