@@ -5,6 +5,7 @@ use crate::trace::Options;
 
 /// The flags of tracing.
 #[derive(Clone, Debug, clap::Args)]
+#[group(skip)]
 pub struct Args {
     /// Send spans to an OpenTelemetry collector, by OTLP over HTTP; without a path to /v1/traces
     #[arg(long, value_name = "URL", value_parser = otlp, env = "MICA_TRACE_OTLP", hide_env = true)]
