@@ -15,7 +15,8 @@ fuzz_target!(|data: &[u8]| {
     };
     for what in [What::Secret, What::Agent(agent)] {
         let wish = Wish { container: "istio-proxy".to_owned(), what };
-        for text in [data, &[POD, data].concat()] {
+        let within = [POD, data].concat();
+        for text in [data, within.as_slice()] {
             match into_manifests(text, &wish) {
                 Ok(done) => {
                     let again = into_manifests(done.text.as_bytes(), &wish).expect("what came out goes in");

@@ -2,8 +2,9 @@
 //! few seconds, so that a clock that is set and a machine that slept are noticed.
 
 use std::collections::{BTreeMap, HashMap};
-use std::future::pending;
+use std::convert::Infallible;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -47,7 +48,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         keeper.begin(agent.own.borrow().clone());
     }
     let mut bundles = agent.held.bundles();
-    let mut follow = tokio::spawn(follow_bundles(agent.clone(), keeper.hint.clone()));
+    let mut follow = pin!(follow_bundles(agent.clone(), keeper.hint.clone()));
     let mut files = Files::default();
     loop {
         let wait = keeper.ask_for_what_is_due();
@@ -64,11 +65,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
                 let before = *hints.borrow_and_update();
                 keeper.hurry(before);
             }
-            // Only a panic ends it.
-            _ = &mut follow => {
-                tracing::error!("following the bundles ended by itself");
-                follow = tokio::spawn(pending());
-            }
+            never = &mut follow => match never {},
             () = sleep(wait) => {
                 if failing && files.changed(&agent.wishes) {
                     keeper.try_failed_now();
@@ -302,7 +299,7 @@ async fn try_obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, span: &Span
 }
 
 /// Follows the authority's bundles as they change. An authority that tells of none, as Istio's, is asked again rarely.
-async fn follow_bundles(agent: Arc<Agent>, hint: watch::Sender<Option<OffsetDateTime>>) {
+async fn follow_bundles(agent: Arc<Agent>, hint: watch::Sender<Option<OffsetDateTime>>) -> Infallible {
     const ASK_AGAIN: Duration = Duration::from_secs(600);
     let mut failures = 0;
     loop {

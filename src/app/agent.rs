@@ -1,7 +1,7 @@
 //! `mica agent`.
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -12,13 +12,15 @@ use super::serve::{Error, GRACE, Signals, bind, fault, stopping, unexpected, unt
 use crate::admin;
 use crate::agent::files::{Folder, Options, Told};
 use crate::agent::{self, Agent, Asker, Authority, Credentials, Wishes};
-use crate::attest::{Attestor, OwnUser, WorkloadsFile};
+use crate::attest::{Attestor, OfPods, OwnUser, WorkloadsFile};
+use crate::cluster::{Cluster, NodePods};
 use crate::config::agent::{Args, SOCKET};
 use crate::core::inspect::distance;
+use crate::core::spiffe::{ServiceAccount, SpiffeId};
 use crate::endpoint::{self, Endpoint, sds};
 use crate::sys::dir::{self, Access};
 use crate::sys::socket::Socket;
-use crate::sys::{clock, listen};
+use crate::sys::{self, clock, listen};
 use crate::{telemetry, trace};
 
 /// In traces.
@@ -54,6 +56,13 @@ async fn start(args: Args) -> Result<(), Error> {
     let others = others
         .into_iter()
         .map(|(id, given)| (id, Credentials { token: given.token, certificate: given.certificate }));
+    let pods = match args.node {
+        true => {
+            let node = args.node_name.clone().unwrap_or_else(sys::host_name);
+            Some(Arc::new(NodePods::new(&Cluster::find().await.map_err(usage)?, &node)))
+        }
+        false => None,
+    };
     let wishes = Wishes { own: Some(args.identity.clone()), credentials, others: others.collect() };
     let names = <[String; 3]>::try_from(args.file_names.clone()).map_err(|names| {
         let names = names.join(",");
@@ -69,14 +78,18 @@ async fn start(args: Args) -> Result<(), Error> {
     let agent = Arc::new(agent);
     let socket = match (&args.socket, &args.files) {
         (Some(path), _) => Some(path.as_path()),
-        (None, Some(_)) if workloads.is_none() => None,
+        (None, Some(_)) if workloads.is_none() && !args.node => None,
         (None, _) => Some(Path::new(SOCKET)),
     };
     let socket = socket.map(bind_socket).transpose()?;
-    let folder = args.files.clone().map(|path| Folder::open(path, files(&args, names))).transpose();
-    let folder = folder.map_err(usage)?;
-    if let Some(id) = folder.as_ref().and_then(|folder| folder.take_over(&agent, args.identity.as_ref())) {
-        agent.is(&id);
+    let mut folders = Vec::new();
+    for (id, path) in folders_of(&args, workloads.as_deref())? {
+        let folder = Folder::open(path, files(&args, names.clone())).map_err(usage)?;
+        let taken = folder.take_over(&agent, id.as_ref().or(args.identity.as_ref()));
+        if let (None, Some(own)) = (&id, taken) {
+            agent.is(&own);
+        }
+        folders.push((folder, id));
     }
     agent.register(&mut registry);
 
@@ -85,8 +98,8 @@ async fn start(args: Args) -> Result<(), Error> {
     let mut tasks = JoinSet::new();
     tasks.spawn(until(stopping(), agent::keep(agent.clone(), wanted)));
     tasks.spawn(until(stopping(), agent::holders::report(agent.clone())));
-    if let Some(folder) = folder {
-        tasks.spawn(until(stopping(), folder.keep(agent.clone(), None)));
+    for (folder, id) in folders {
+        tasks.spawn(until(stopping(), folder.keep(agent.clone(), id)));
     }
     for exporter in exporters {
         let ends = stopping();
@@ -99,14 +112,20 @@ async fn start(args: Args) -> Result<(), Error> {
     let mut _bound = None;
     if let Some((bound, listener)) = socket {
         _bound = Some(bound);
-        let attestor: Arc<dyn Attestor> = match workloads {
-            Some(workloads) => {
+        let attestor: Arc<dyn Attestor> = match (workloads, pods) {
+            (None, Some(pods)) => {
+                let followed = pods.clone();
+                let stops = stopping();
+                tasks.spawn(async move { until(stops, followed.follow()).await });
+                Arc::new(OfPods::new(pods, agent.own()))
+            }
+            (Some(workloads), _) => {
                 let followed = workloads.clone();
                 let stops = stopping();
                 tasks.spawn(async move { until(stops, followed.follow()).await });
                 workloads
             }
-            None => Arc::new(OwnUser::new(agent.own())),
+            (None, None) => Arc::new(OwnUser::new(agent.own())),
         };
         let endpoint = Endpoint { agent: agent.clone(), attestor };
         let sds = sds::service(endpoint.clone(), &mut registry);
@@ -134,6 +153,26 @@ async fn start(args: Args) -> Result<(), Error> {
     }
     tracing::info!("stopped");
     ended
+}
+
+/// The folder of the agent's own identity, or one for each of many.
+fn folders_of(
+    args: &Args,
+    workloads: Option<&WorkloadsFile>,
+) -> Result<Vec<(Option<SpiffeId>, PathBuf)>, Error> {
+    let Some(folder) = &args.files else { return Ok(Vec::new()) };
+    let Some(workloads) = workloads else { return Ok(vec![(None, folder.clone())]) };
+    let workloads = workloads.current();
+    let placed = workloads.identities().into_iter().map(|id| {
+        let account = ServiceAccount::of(id).ok_or_else(|| {
+            usage(format_args!(
+                "--files has folders <namespace>/istio.<account>, and {id} is no service account; leave it out of --workloads, or --files"
+            ))
+        })?;
+        let path = folder.join(account.namespace()).join(format!("istio.{}", account.name()));
+        Ok((Some(id.clone()), path))
+    });
+    placed.collect()
 }
 
 fn bind_socket(path: &Path) -> Result<(Socket, UnixListener), Error> {

@@ -18,12 +18,14 @@ use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
 use crate::authority::{Authority, Keeper};
 use crate::cluster::{
-    AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, Leadership, Namespaces, Objects,
-    Roots, RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
+    AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, FederatedBundles, Leadership,
+    Namespaces, Objects, Roots, RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
 };
 use crate::config::serve::{Args, MadeKind};
 use crate::core::key::KeyKind;
+use crate::core::published::Published;
 use crate::core::selection::Rules;
+use crate::core::spiffe::TrustDomain;
 use crate::reconcile::{self, Event, Judge, News, Reconciler, Report};
 use crate::sink::Sink as _;
 use crate::sink::folder::FolderSink;
@@ -198,6 +200,25 @@ fn follow_cluster(
         tasks.spawn(until(stopping(stopped), async move { posted.post().await }));
         let chosen = namespaces.clone();
         tasks.spawn(until(stopping(stopped), async move { chosen.follow().await }));
+        if let Some(name) = args.federated_config_map() {
+            let door = authority.clone();
+            let current = Box::new(move || {
+                let bundles = door.bundles().borrow().clone();
+                let written = |(domain, bundle): (&TrustDomain, &Arc<Published>)| {
+                    Some((domain.to_string(), bundle.to_json().ok()?))
+                };
+                bundles.federated.iter().filter_map(written).collect()
+            });
+            let bundles = FederatedBundles::new(
+                &cluster,
+                name.to_owned(),
+                current,
+                namespaces.clone(),
+                leadership.clone(),
+            );
+            bundles.register(registry);
+            tasks.spawn(until(stopping(stopped), async move { bundles.run().await }));
+        }
         let options = RootsOptions {
             config_map: args.root_config_map().map(str::to_owned),
             trust_bundle: args.cluster_trust_bundle.then(|| args.trust_domain.clone()),

@@ -1,9 +1,11 @@
 //! Which identities the process at the other end of the agent's socket may have.
 
 mod own_user;
+mod pods;
 mod workloads_file;
 
 pub use own_user::OwnUser;
+pub use pods::{OfPods, Pod, Pods};
 pub use workloads_file::WorkloadsFile;
 
 use tokio::sync::watch;

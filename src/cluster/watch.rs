@@ -29,6 +29,20 @@ pub(super) async fn follow<K, T>(
     name: Option<&str>,
     metrics: &Metrics,
     reduce: impl Fn(&K) -> T,
+    tell: impl FnMut(Change<T>),
+) where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let chosen = name.map(|name| format!("metadata.name={name}"));
+    follow_where(api, chosen.as_deref(), metrics, reduce, tell).await;
+}
+
+/// Follows the objects of an API for ever: all of it, or those whose fields are as is said.
+pub(super) async fn follow_where<K, T>(
+    api: Api<K>,
+    fields: Option<&str>,
+    metrics: &Metrics,
+    reduce: impl Fn(&K) -> T,
     mut tell: impl FnMut(Change<T>),
 ) where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -36,8 +50,8 @@ pub(super) async fn follow<K, T>(
     let what = K::plural(&());
     metrics.watched(&what);
     let mut config = watcher::Config::default();
-    if let Some(name) = name {
-        config = config.fields(&format!("metadata.name={name}"));
+    if let Some(fields) = fields {
+        config = config.fields(fields);
     }
     let mut events = pin!(watcher(api, config).default_backoff());
     let mut all = Vec::new();

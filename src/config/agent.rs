@@ -84,6 +84,15 @@ pub struct Args {
     #[arg(long, value_name = "FILE", env = "MICA_WORKLOADS", hide_env = true)]
     pub workloads: Option<PathBuf>,
 
+    /// Serve all pods of this node, each with the identity of its service account; the authority has to allow it (policy:
+    /// impersonators). The API server is found as with `mica serve --kube`
+    #[arg(long, conflicts_with_all = ["workloads", "files"], env = "MICA_NODE", hide_env = true)]
+    pub node: bool,
+
+    /// What the API server calls this node [default: the name of this machine]
+    #[arg(long, value_name = "NAME", requires = "node", env = "MICA_NODE_NAME", hide_env = true)]
+    pub node_name: Option<String>,
+
     /// Folder to keep the certificate, its key and the trust bundle in; what another agent left there is taken over
     #[arg(long, value_name = "DIR", env = "MICA_FILES", hide_env = true)]
     pub files: Option<PathBuf>,

@@ -216,6 +216,17 @@ pub struct Args {
     #[arg(long, value_name = "FILE", env = "MICA_FEDERATION", hide_env = true)]
     pub federation: Option<PathBuf>,
 
+    /// ConfigMap to keep in each namespace that is served, with those bundles as SPIFFE JSON [default: none]
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_parser = config_map,
+        requires_all = ["kube", "federation"],
+        env = "MICA_FEDERATED_CONFIG_MAP",
+        hide_env = true
+    )]
+    pub federated_config_map: Option<String>,
+
     /// DNS names and addresses of the gRPC port's certificate
     #[arg(
         long,
@@ -382,6 +393,13 @@ impl Args {
                     .to_owned(),
             );
         }
+        if let (Some(name), root) = (self.federated_config_map(), self.root_config_map())
+            && Some(name) == root
+        {
+            return Err(format!(
+                "--federated-config-map {name} is the name of the ConfigMap of the roots: give another"
+            ));
+        }
         let delivery = [
             ("--secrets", self.secrets.is_some()),
             ("--secrets-owner", self.secrets_owner.is_some()),
@@ -431,6 +449,11 @@ impl Args {
     /// The name of the ConfigMap that the roots are distributed in, if they are.
     pub fn root_config_map(&self) -> Option<&str> {
         Some(self.root_config_map.as_str()).filter(|name| *name != NONE)
+    }
+
+    /// The name of the ConfigMap that the bundles of other trust domains are distributed in, if they are.
+    pub fn federated_config_map(&self) -> Option<&str> {
+        self.federated_config_map.as_deref().filter(|name| *name != NONE)
     }
 }
 

@@ -8,6 +8,7 @@ pub mod bundle;
 pub mod calendar;
 pub mod caller;
 pub mod certificate;
+pub mod cgroup;
 pub mod chain;
 mod check;
 pub mod csr;

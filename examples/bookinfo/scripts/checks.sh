@@ -69,16 +69,16 @@ check_change() {
     local answers=${LOAD[0]} end=${LOAD[1]} load=$LOAD_PID
 
     set_weights 80 20 0
-    wait_for 30 "reviews v1 and v2 alone" only v1 v2
+    wait_for 90 "reviews v1 and v2 alone" only v1 v2
     good "80 of 100 requests go to reviews v1, 20 to v2"
     set_weights 40 20 40
-    wait_for 30 "reviews v1, v2 and v3" only v1 v2 v3
+    wait_for 90 "reviews v1, v2 and v3" only v1 v2 v3
     set_weights 0 20 80
-    wait_for 30 "reviews v2 and v3 alone" only v2 v3
+    wait_for 90 "reviews v2 and v3 alone" only v2 v3
     good "40 to v1, 20 to v2, 40 to v3; then none to v1, 20 to v2, 80 to v3"
     check_spans
     set_weights 80 20 0
-    wait_for 30 "reviews v1 and v2 alone" only v1 v2
+    wait_for 90 "reviews v1 and v2 alone" only v1 v2
     good "and back"
 
     for name in "${workloads[@]}"; do
@@ -110,7 +110,7 @@ check_spans() {
     id=$(openssl rand -hex 16) span=$(openssl rand -hex 8)
     nearby curl --silent --fail --output /dev/null --header "x-b3-traceid: $id" --header "x-b3-spanid: $span" \
         --header 'x-b3-sampled: 1' "$door/productpage"
-    wait_for 30 "spans of four services in Zipkin" has_spans "$id"
+    wait_for 90 "spans of four services in Zipkin" has_spans "$id"
     good "Zipkin has spans of one request from productpage, details, reviews and ratings: $zipkin/zipkin/traces/$id"
 }
 
@@ -121,10 +121,10 @@ has_spans() {
 }
 
 check_metrics() {
-    wait_for 30 "seven targets in Prometheus that are up" is_answered 'sum(up) >= 7' 
-    wait_for 10 "Mica's metrics in Prometheus" is_answered 'sum(mica_certificates_issued_total) > 0'
-    wait_for 10 "Envoy's metrics in Prometheus" is_answered 'sum(envoy_listener_ssl_handshake) > 0'
-    wait_for 10 "refusals in Prometheus" is_answered 'sum(envoy_http_rbac_denied) > 0'
+    wait_for 90 "seven targets in Prometheus that are up" is_answered 'sum(up) >= 7'
+    wait_for 90 "Mica's metrics in Prometheus" is_answered 'sum(mica_certificates_issued_total) > 0'
+    wait_for 90 "Envoy's metrics in Prometheus" is_answered 'sum(envoy_listener_ssl_handshake) > 0'
+    wait_for 90 "refusals in Prometheus" is_answered 'sum(envoy_http_rbac_denied) > 0'
     good "Prometheus has the metrics of Mica, and those of ${#workloads[@]} Envoys: handshakes, and who was refused"
 }
 

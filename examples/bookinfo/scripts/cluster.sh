@@ -51,9 +51,9 @@ kubectl() {
 }
 
 rolled_out() {
-    kubectl rollout status --namespace "$1" "deployment/$2" --timeout 120s >/dev/null || {
+    kubectl rollout status --namespace "$1" "deployment/$2" --timeout 180s >/dev/null || {
         kubectl get pods,events --all-namespaces --output wide >&2
-        fail "$2 is not there after two minutes"
+        fail "$2 is not there after three minutes"
     }
 }
 
@@ -122,7 +122,7 @@ learn_addresses() {
     zipkin=http://$(address_of_service telemetry zipkin):9411
     prometheus=http://$(address_of_service telemetry prometheus):9090
     # The way to a service is made a moment after its pod is ready.
-    wait_for 30 "the page" nearby curl --silent --fail "$door"
+    wait_for 90 "the page" nearby curl --silent --fail "$door"
 }
 
 address_of() {

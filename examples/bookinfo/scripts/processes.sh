@@ -35,7 +35,7 @@ start_all() {
         '--armeria.ports[0].port=9411' '--armeria.ports[0].protocols[0]=http'
     start mica "$mica" serve "$here" --data-dir "$state/mica" --ttl "$ttl" --trial-tokens \
         --grpc-address "$shared:15012" --http-address "$mica_metrics"
-    wait_for 60 "Mica; see $state/logs/mica" curl --silent --fail "http://$mica_metrics/readyz"
+    wait_for 90 "Mica; see $state/logs/mica" curl --silent --fail "http://$mica_metrics/readyz"
     for name in "${workloads[@]}"; do
         start_workload "$name" "$services"
     done
@@ -43,11 +43,11 @@ start_all() {
     start prometheus "$prometheus_program" --config.file "$state/prometheus.yaml" --web.listen-address "$shared:9090" \
         --storage.tsdb.path "$state/prometheus"
     for name in "${workloads[@]}"; do
-        wait_for 30 "the Envoy of $name; see $state/logs/envoy-$name" \
+        wait_for 90 "the Envoy of $name; see $state/logs/envoy-$name" \
             curl --silent --fail "http://$(address_of "$name"):9902/ready"
     done
-    wait_for 30 "the page" curl --silent --fail "$door"
-    wait_for 60 "Zipkin; see $state/logs/zipkin" curl --silent --fail "$zipkin/health"
+    wait_for 90 "the page" curl --silent --fail "$door"
+    wait_for 90 "Zipkin; see $state/logs/zipkin" curl --silent --fail "$zipkin/health"
 }
 
 # A service, its agent and its Envoy.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -507,7 +507,7 @@ impl World {
         self.runtime.borrow().block_on(async { timeout(SOON * 3, work).await.expect("an end") })
     }
 
-    fn stream(&self, socket: &PathBuf) -> Streaming<X509svidResponse> {
+    fn stream(&self, socket: &Path) -> Streaming<X509svidResponse> {
         self.run(async {
             let request = with_header(X509svidRequest {}, &["true"]);
             client(socket).await.fetch_x509svid(request).await.expect("a stream").into_inner()
@@ -518,7 +518,7 @@ impl World {
         self.run(async { timeout(SOON, stream.message()).await.expect("a response in time") })
     }
 
-    fn first(&self, socket: &PathBuf) -> Result<X509svidResponse, Status> {
+    fn first(&self, socket: &Path) -> Result<X509svidResponse, Status> {
         let mut stream = self.stream(socket);
         self.next(&mut stream).map(|response| response.expect("the stream goes on"))
     }
@@ -576,7 +576,7 @@ impl World {
     }
 
     /// What each method answers.
-    fn all(&self, socket: &PathBuf, header: &[&str]) -> BTreeMap<&'static str, Code> {
+    fn all(&self, socket: &Path, header: &[&str]) -> BTreeMap<&'static str, Code> {
         async fn first<T>(stream: Result<tonic::Response<Streaming<T>>, Status>) -> Code {
             match stream {
                 Ok(stream) => {
@@ -585,7 +585,7 @@ impl World {
                 Err(fault) => fault.code(),
             }
         }
-        let svid = if header == ["true"] && *socket == self.socket {
+        let svid = if header == ["true"] && socket == self.socket {
             self.token(&["me"]).svid
         } else {
             "x".to_owned()
@@ -626,7 +626,7 @@ impl World {
     }
 }
 
-fn workloads(other: &std::path::Path) -> String {
+fn workloads(other: &Path) -> String {
     format!(
         "workloads:
 - identity: {ONE}
@@ -649,12 +649,12 @@ fn ours() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-async fn channel(socket: &std::path::Path) -> Channel {
+async fn channel(socket: &Path) -> Channel {
     let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).expect("an address");
     endpoint.connect().await.expect("a connection")
 }
 
-async fn client(socket: &std::path::Path) -> SpiffeWorkloadApiClient<Channel> {
+async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
     SpiffeWorkloadApiClient::new(channel(socket).await)
 }
 

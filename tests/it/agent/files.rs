@@ -89,16 +89,48 @@ fn what_another_agent_left_is_taken_over_and_renewed_with() {
     command.arg("--certificate").arg(&certs).arg("--files").arg(&certs);
     let agent = start(&place, "web", command.args(["--files-mode", "0640"]));
     // Nothing was due, so nothing was asked; the files are links into one set now.
-    wait_for(SOON, "one set", || leaf_in(&certs).ok().filter(|leaf| leaf.serial_text() == serial));
+    wait_for(SOON, "one set", || {
+        let links = ["cert-chain.pem", "key.pem", "root-cert.pem"];
+        let linked = |name| fs::symlink_metadata(certs.join(name)).is_ok_and(|facts| facts.is_symlink());
+        let mode = fs::metadata(certs.join("key.pem")).ok()?.permissions().mode() & 0o777;
+        let whole = links.into_iter().all(linked) && mode == 0o640;
+        (whole && leaf_in(&certs).ok()?.serial_text() == serial).then_some(())
+    });
     assert_eq!(agent.metric("mica_agent_certificates_obtained_total"), 0.0);
-    assert!(fs::symlink_metadata(certs.join("key.pem")).unwrap().is_symlink());
-    assert_eq!(fs::metadata(certs.join("key.pem")).unwrap().permissions().mode() & 0o777, 0o640);
 
     let renewed = wait_for_another(&certs, &serial, Duration::from_secs(25));
     assert_eq!(renewed.uris, ["spiffe://cluster.local/ns/shop/sa/web"]);
     // The one before is gone when its readers have had their time, and nothing else is there.
     wait_for(SOON, "one set alone", || (fs::read_dir(&certs).unwrap().count() == 5).then_some(()));
     assert_eq!(agent.page("/readyz").0, 200);
+    agent.stop();
+}
+
+#[test]
+fn one_agent_keeps_several_identities() {
+    let place = Place::new();
+    for account in ["web", "db"] {
+        place.account(account);
+    }
+    let mica = place.start(&["--trial-tokens"]);
+    let path = |name: &str| place.root.path().join(name);
+    let entry = |account: &str, uid: u32| {
+        let token = token(&place, &format!("shop/{account}"));
+        format!(
+            "- identity: spiffe://cluster.local/ns/shop/sa/{account}\n  match: {{uid: {uid}}}\n  tokenFile: {}\n",
+            token.display()
+        )
+    };
+    fs::write(path("workloads"), format!("workloads:\n{}{}", entry("web", 1001), entry("db", 1002))).unwrap();
+    let mut agent = command(&place, &mica);
+    agent.arg("--token-file").arg(token(&place, "shop/web")).arg("--workloads").arg(path("workloads"));
+    agent.arg("--files").arg(path("certs")).arg("--socket").arg(path("agent.sock"));
+    let agent = start(&place, "node", &mut agent);
+    for account in ["web", "db"] {
+        let folder = path("certs").join("shop").join(format!("istio.{account}"));
+        let leaf = wait_for_another(&folder, "", SOON);
+        assert_eq!(leaf.uris, [format!("spiffe://cluster.local/ns/shop/sa/{account}")]);
+    }
     agent.stop();
 }
 

@@ -371,6 +371,7 @@ fn whoever_has_micas_token_writes_nothing_but_what_mica_writes() {
     granted("POST", &maps[0], roots("istio-ca-root-cert"));
     granted("PATCH", &format!("{}/istio-ca-root-cert", maps[0]), json!({"data": {"root-cert.pem": "x"}}));
     granted("POST", &format!("{}?dryRun=All", maps[1]), roots("mica-authority"));
+    granted("POST", &format!("{}?dryRun=All", maps[0]), roots("mica-federated-bundles"));
     refused("POST", &maps[0], roots("mica-authority"));
     refused("POST", &maps[0], roots("kube-root-ca.crt"));
     refused(

@@ -3,6 +3,7 @@
 mod admission;
 mod control_plane;
 mod events;
+mod federated;
 mod injection;
 mod istio_ca;
 mod keyring;
@@ -11,6 +12,7 @@ mod lease;
 mod manifests;
 mod namespaces;
 pub(crate) mod node;
+mod node_pods;
 mod pods;
 mod roots;
 mod secrets;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::injection::injected;
 use super::node::Node;
 use super::sidecars::{self, Sidecars};
 use crate::fixtures::run;
@@ -31,6 +32,31 @@ fn a_pod_gets_a_certificate_from_a_pod() {
     node.apply(&[asks("with-another", "example.org", "Never")]);
     let (phase, said) = node.ended("shop", "with-another");
     assert!(phase == "Failed" && said.contains("TOKEN_AUDIENCE"), "{phase} {said}");
+}
+
+#[test]
+fn an_injected_agent_has_a_certificate_before_the_container_that_needs_it_begins() {
+    let node = Node::shared();
+    install(node, &[]);
+    node.apply(&[namespace("shop"), account("shop", "web")]);
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "shop", "name": "with-an-agent"},
+        "spec": {
+            "serviceAccountName": "web", "automountServiceAccountToken": false, "restartPolicy": "Never",
+            "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "istio-proxy", "image": IMAGE, "args": ["verify", "/etc/certs"],
+                "securityContext": confined(),
+            }],
+        },
+    });
+    let pod = injected(&pod.to_string(), &["--mode", "agent", "--files", "/etc/certs", "--image", IMAGE]);
+    node.apply(&[serde_json::from_str(&pod).unwrap()]);
+    let (phase, said) = node.ended("shop", "with-an-agent");
+    assert!(
+        phase == "Succeeded" && said.contains("good: spiffe://cluster.local/ns/shop/sa/web"),
+        "{phase} {said}"
+    );
 }
 
 #[test]

@@ -37,7 +37,10 @@ pub(super) fn start(place: &Place, plane: &ControlPlane, arguments: &[&str]) -> 
 /// The metrics of one that has answered a request, about somebody whom no watch has told of.
 pub(crate) fn metrics_page() -> String {
     let (place, plane) = (Place::new(), ControlPlane::shared());
-    let mica = start(&place, plane, &["--inject-address=127.0.0.1:0", "--inject-webhook=none"]);
+    let file = crate::serve::federation::federation(&place, "trust_domains: {}");
+    let federation = ["--federation", &file, "--federated-config-map", "mica-federated-bundles"];
+    let inject = ["--inject-address=127.0.0.1:0", "--inject-webhook=none"];
+    let mica = start(&place, plane, &[&federation[..], &inject].concat());
     let namespace = plane.namespace();
     namespace.account("web");
     let token = namespace.token("web", "istio-ca", None);

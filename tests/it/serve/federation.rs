@@ -238,7 +238,7 @@ fn the_endpoint_asks_nobody_for_a_certificate_and_serves_nothing_else() {
 }
 
 /// A file that says whose bundles to fetch.
-fn federation(place: &Place, text: &str) -> String {
+pub(crate) fn federation(place: &Place, text: &str) -> String {
     let file = place.root.path().join("federation.yaml");
     let next = place.root.path().join("next.yaml");
     fs::write(&next, text).unwrap();
@@ -248,31 +248,23 @@ fn federation(place: &Place, text: &str) -> String {
 
 #[test]
 fn a_bundle_of_go_spiffes_is_fetched_by_web_pki_newer_ones_alone_and_is_there_after_a_restart() {
-    let (place, other) = (Place::new(), Other::new());
-    let [root, chain, key] = web_certificate(&place.root.path().join("web"));
-    let file = place.root.path().join("bundle.json");
-    fs::write(&file, other.with(7, 10).to_string()).unwrap();
-    let foreign =
-        Foreign::start(&file, &["--certificate", chain.to_str().unwrap(), "--key", key.to_str().unwrap()]);
-    let text = format!(
-        "trust_domains:\n  example.org: {{url: '{}', profile: https_web, roots: {}}}\n",
-        foreign.url,
-        root.display()
-    );
+    let place = Place::new();
+    let foreign = Fetchable::start(&place, 7);
+    let text = foreign.text();
     let flags = ["--federation", &federation(&place, &text)];
     let mica = start(&place, &flags);
     let first = wait_for_bundle(&mica, &place, |bundle| bundle.sequence == 7);
     assert_eq!((first.trust_domain.as_str(), first.x509_authorities.len()), ("example.org", 1));
-    let root_of = fs::read_to_string(other.place.data().join("root-cert.pem")).unwrap();
+    let root_of = fs::read_to_string(foreign.other.place.data().join("root-cert.pem")).unwrap();
     let root_of = mica::core::certificate::Certificate::all_from_pem(root_of.as_bytes()).unwrap().remove(0);
     assert_eq!(first.x509_authorities[0], root_of.der());
     assert_eq!(first.refresh_hint.unwrap().seconds, 10);
     // Never merged.
     assert_eq!(bundles(&mica, &place)[0].x509_authorities.len(), 1);
 
-    foreign.publish(&other.with(9, 10));
+    foreign.publish(9);
     wait_for_bundle(&mica, &place, |bundle| bundle.sequence == 9);
-    foreign.publish(&other.with(8, 10));
+    foreign.publish(8);
     let older = "mica_federation_fetches_total{trust_domain=\"example.org\",outcome=\"older\"}";
     wait_for(SOON, "a refusal", || mica.page("/metrics").1.contains(older).then_some(()));
     assert_eq!(bundles(&mica, &place)[1].sequence, 9);
@@ -331,6 +323,34 @@ fn a_bundle_of_go_spiffes_is_fetched_by_its_svid_and_later_by_what_was_fetched()
     foreign.publish(&other.with(2, 10));
     wait_for_bundle(&mica, &place, |bundle| bundle.sequence == 2);
     mica.stop();
+}
+
+/// A bundle of example.org's, at go-spiffe's endpoint.
+pub(crate) struct Fetchable {
+    other: Other,
+    foreign: Foreign,
+    root: PathBuf,
+}
+
+impl Fetchable {
+    pub(crate) fn start(place: &Place, sequence: u64) -> Self {
+        let other = Other::new();
+        let [root, chain, key] = web_certificate(&place.root.path().join("web"));
+        let file = place.root.path().join("bundle.json");
+        fs::write(&file, other.with(sequence, 10).to_string()).unwrap();
+        let flags = ["--certificate", chain.to_str().unwrap(), "--key", key.to_str().unwrap()];
+        Self { foreign: Foreign::start(&file, &flags), other, root }
+    }
+
+    /// What a file says of it.
+    pub(crate) fn text(&self) -> String {
+        let (url, root) = (&self.foreign.url, self.root.display());
+        format!("trust_domains:\n  example.org: {{url: '{url}', profile: https_web, roots: {root}}}\n")
+    }
+
+    pub(crate) fn publish(&self, sequence: u64) {
+        self.foreign.publish(&self.other.with(sequence, 10));
+    }
 }
 
 /// The metrics of one that serves its bundle, and has fetched one and failed to fetch another.
