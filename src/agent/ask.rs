@@ -73,8 +73,8 @@ impl Error {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Client(client::Error::Denied { denial, .. }) => denial.code_name(),
-            Self::Client(client::Error::Token { .. } | client::Error::Certificate { .. })
-            | Self::NoCredential => "credential",
+            Self::Client(client) if is_unshown(client) => "credential",
+            Self::NoCredential => "credential",
             Self::Client(_) => "connection",
             Self::Roots(_) | Self::Bundle { .. } => "roots",
             Self::Keys(_) | Self::Key(_) | Self::Csr(_) => "key",
@@ -317,6 +317,12 @@ impl Followed {
     }
 }
 
+/// Whether what there is cannot be shown.
+fn is_unshown(error: &client::Error) -> bool {
+    use client::Error::{Certificate, File, Token};
+    matches!(error, Token { .. } | Certificate { .. } | File(_))
+}
+
 /// What a call's span says in the end.
 fn answered(call: &mut Span, error: Option<&client::Error>) {
     let denial = error.and_then(client::Error::denial);
@@ -325,7 +331,8 @@ fn answered(call: &mut Span, error: Option<&client::Error>) {
         call.count("rpc.grpc.status_code", i32::from(code).into());
     }
     if error.is_some() {
-        call.fail(denial.map_or("connection", client::Denial::code_name));
+        let reason = if error.is_some_and(is_unshown) { "credential" } else { "connection" };
+        call.fail(denial.map_or(reason, client::Denial::code_name));
     }
     if let Some(reason) = denial.and_then(|denial| denial.reason.as_deref()) {
         call.set("mica.reason", reason);
