@@ -134,7 +134,7 @@ async fn start(args: Args) -> Result<(), Error> {
             endpoint::serve(listener, open_files, endpoint, sds, ends).await.map_err(fault)
         });
     }
-    let (ready, ends) = (readiness(agent.clone()), stopping());
+    let (ready, ends) = (readiness(agent.clone(), args.node), stopping());
     let address = http.local_addr().map_err(fault)?;
     tasks.spawn(async move {
         admin::serve(http, open_files, Arc::new(registry), ready, ends).await.map_err(fault)
@@ -184,10 +184,16 @@ fn bind_socket(path: &Path) -> Result<(Socket, UnixListener), Error> {
     Ok((socket, listener))
 }
 
-/// Ready is an agent all of whose identities are good.
-fn readiness(agent: Arc<Agent>) -> admin::Ready {
+/// Ready is an agent all of whose identities are good. One for a node answers for its own: which pods come, and whether
+/// policy denies one of them, says nothing of the agent.
+fn readiness(agent: Arc<Agent>, for_a_node: bool) -> admin::Ready {
     Arc::new(move || {
-        let (all, now) = (agent.held.all(), clock::now());
+        let (mut all, now) = (agent.held.all(), clock::now());
+        if for_a_node {
+            let own = agent.own();
+            let own = own.borrow();
+            all.retain(|(id, ..)| own.as_ref() == Some(id));
+        }
         if all.is_empty() {
             return Err("the agent's own identity is not known yet; the log says why".to_owned());
         }

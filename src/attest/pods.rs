@@ -38,12 +38,15 @@ pub struct OfPods {
     pods: Arc<dyn Pods>,
     /// The agent's own, whose trust domain is that of all.
     own: watch::Receiver<Option<SpiffeId>>,
+    /// Where the kubelet has its control groups, which an agent in a pod knows by its own.
+    above: String,
 }
 
 impl OfPods {
     /// By the word of whoever knows the pods.
     pub fn new(pods: Arc<dyn Pods>, own: watch::Receiver<Option<SpiffeId>>) -> Self {
-        Self { pods, own }
+        let above = cgroup::above(&peer::own_control_groups()).to_owned();
+        Self { pods, own, above }
     }
 
     async fn account(&self, uid: &str) -> Result<ServiceAccount, Refused> {
@@ -63,7 +66,7 @@ impl Attestor for OfPods {
             peer::Error::Io { .. } => Refused::Unavailable(fault.to_string()),
             other => Refused::Unknown(other.to_string()),
         })?;
-        let container = cgroup::container(&groups)
+        let container = cgroup::container(&groups, &self.above)
             .ok_or_else(|| Refused::Unknown("it is in no pod, by its control groups".to_owned()))?;
         let account = self.account(&container.pod).await?;
         let mut own = self.own.clone();

@@ -14,18 +14,32 @@ pub struct Container {
     pub id: Option<String>,
 }
 
-/// The container that all hierarchies agree on; none for a process that is in no pod.
-pub fn container(control_groups: &str) -> Option<Container> {
+/// The container that all hierarchies agree on; none for a process that is in no pod. What a kubelet makes counts below
+/// [`above`] alone.
+pub fn container(control_groups: &str, above: &str) -> Option<Container> {
     let mut found: Option<Container> = None;
-    for line in control_groups.lines() {
-        let Some(path) = line.splitn(3, ':').nth(2) else { continue };
-        let Some(here) = in_path(path) else { continue };
+    for path in paths(control_groups) {
+        let Some(here) = path.strip_prefix(above).and_then(in_path) else { continue };
         match &found {
             Some(before) if *before != here => return None,
             _ => found = Some(here),
         }
     }
     found
+}
+
+/// Where the kubelet has its groups, if that is a place of its own (`cgroupRoot`, a node that is a container), by those of
+/// a process that is in a pod itself. Empty for any other.
+pub fn above(control_groups: &str) -> &str {
+    let found = paths(control_groups).find_map(|path| {
+        let mut slashes = path.match_indices('/');
+        slashes.find_map(|(at, _)| in_path(&path[at..]).map(|_| &path[..at]))
+    });
+    found.unwrap_or_default()
+}
+
+fn paths(control_groups: &str) -> impl Iterator<Item = &str> {
+    control_groups.lines().filter_map(|line| line.splitn(3, ':').nth(2))
 }
 
 fn in_path(path: &str) -> Option<Container> {
@@ -173,17 +187,18 @@ mod tests {
             "/kubepods/burstable/podUID/CID/kubepods/pod11111111-b29f-11e7-9350-020968147796/CID",
         ] {
             for line in ["0::", "11:memory:", "4:name=systemd:"] {
-                let found = container(&format!("{line}{}\n", path(form)));
+                let found = container(&format!("{line}{}\n", path(form)), "");
                 let wanted = Container { pod: UID.to_owned(), id: Some(ID.to_owned()) };
                 assert_eq!(found, Some(wanted), "{form}");
             }
         }
-        let sound = container(&path("0::/kubepods/burstable/podSTATIC/CID")).unwrap();
+        let sound = container(&path("0::/kubepods/burstable/podSTATIC/CID"), "").unwrap();
         assert_eq!(sound.pod, STATIC);
         for form in
             ["0::/kubepods/podUID", "0::/kubepods.slice/kubepods-podU_D.slice", "0::/kubepods/podUID/mine"]
         {
-            assert_eq!(container(&path(form)), Some(Container { pod: UID.to_owned(), id: None }), "{form}");
+            let wanted = Container { pod: UID.to_owned(), id: None };
+            assert_eq!(container(&path(form), ""), Some(wanted), "{form}");
         }
     }
 
@@ -214,17 +229,49 @@ mod tests {
             "/kubepods.slice/web-podU_D.slice/cri-containerd-CID.scope",
             "kubepods/podUID/CID",
         ] {
-            assert_eq!(container(&path(&format!("0::{form}"))), None, "{form}");
+            assert_eq!(container(&path(&format!("0::{form}")), ""), None, "{form}");
         }
-        assert_eq!(container(&path("/kubepods/podUID/CID")), None);
+        assert_eq!(container(&path("/kubepods/podUID/CID"), ""), None);
     }
 
     #[test]
     fn all_hierarchies_have_to_agree() {
         let same =
             path("5:cpu:/kubepods/podUID/CID\n4:memory:/kubepods/podUID/CID\n1:name=systemd:/\n0::/\n");
-        assert_eq!(container(&same).unwrap().pod, UID);
+        assert_eq!(container(&same, "").unwrap().pod, UID);
         let other = same.replacen(UID, "11111111-b29f-11e7-9350-020968147796", 1);
-        assert_eq!(container(&other), None);
+        assert_eq!(container(&other, ""), None);
+    }
+
+    #[test]
+    fn an_agent_in_a_pod_knows_where_its_kubelet_puts_pods() {
+        let agent =
+            path("5:cpu:/node-1/kubepods/burstable/podU/CID\n4:memory:/node-1/kubepods/podUID/CID\n0::/\n");
+        assert_eq!(above(&agent), "/node-1");
+        for (form, is_found) in [
+            ("/node-1/kubepods/besteffort/podUID/CID", true),
+            ("/node-1/kubepods.slice/kubepods-podU_D.slice/cri-containerd-CID.scope", true),
+            ("/node-1/web/kubepods/podUID/CID", false),
+            ("/node-1/system.slice/web.service/kubepods/podUID/CID", false),
+            ("/node-2/kubepods/podUID/CID", false),
+            ("/node-10/kubepods/podUID/CID", false),
+            ("/kubepods/podUID/CID", false),
+            ("/node-1kubepods/podUID/CID", false),
+        ] {
+            let found = container(&path(&format!("0::{form}")), above(&agent));
+            assert_eq!(found.is_some(), is_found, "{form}");
+        }
+        for (form, wanted) in [
+            ("/lxc/one/kubepods.slice/kubepods-podU_D.slice/cri-containerd-CID.scope", "/lxc/one"),
+            // Its own groups below it are its own.
+            ("/kubepods/podUID/CID/kubepods/podUID/CID", ""),
+            ("/../../podUID/CID", ""),
+            ("/docker/NODE/kubepods/podUID/CID", ""),
+            ("/system.slice/mica.service", ""),
+            ("/", ""),
+            ("", ""),
+        ] {
+            assert_eq!(above(&path(&format!("0::{form}"))), wanted, "{form}");
+        }
     }
 }

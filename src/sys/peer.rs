@@ -183,6 +183,11 @@ impl Process {
     }
 }
 
+/// The control groups of this process, as the kernel lists them; empty if it does not.
+pub fn own_control_groups() -> String {
+    std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()
+}
+
 /// A handle to whatever has that number now, if it had it before the connection was made: then it is the caller.
 fn opened(pid: u32, before: Moment) -> Result<OwnedFd, Error> {
     let failed = |source: Errno| Error::Io { action: "get a handle", pid, source: source.into() };

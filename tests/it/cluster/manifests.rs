@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
-use mica::cluster::{OWN_PERMISSIONS, PERMISSIONS};
+use mica::cluster::{NODE_PERMISSIONS, OWN_PERMISSIONS, PERMISSIONS};
 use serde_json::{Value, json};
 
 use super::control_plane::{ControlPlane, runtime};
@@ -128,8 +128,10 @@ fn everything_applies_with_strict_validation_in_the_order_of_its_files_and_again
         assert!(said.lines().count() > 12, "{said}");
     }
     // The examples are made of it. What is in a namespace cannot be tried before that is there.
-    plane.named_namespace("shop");
-    for example in ["replace-istio-ca", "replace-istiod-ca", "one-namespace", "inject"] {
+    for namespace in ["shop", "mica-agent"] {
+        plane.named_namespace(namespace);
+    }
+    for example in ["replace-istio-ca", "replace-istiod-ca", "one-namespace", "inject", "node-agent"] {
         let folder = format!("examples/{example}");
         let built = good(plane, &["kustomize", &folder]);
         assert!(built.contains("kind: Deployment"), "{built}");
@@ -156,6 +158,15 @@ fn the_rules_are_those_that_the_program_says_it_needs() {
         let said: Value = serde_saphyr::from_str(said).unwrap();
         assert_eq!(sorted(&object(kind, "mica")["rules"]), sorted(&said), "{kind}");
     }
+    let text = std::fs::read_to_string(checkout().join("examples/node-agent/rbac.yaml")).unwrap();
+    let roles: Vec<Value> = text
+        .split("\n---\n")
+        .map(|document| serde_saphyr::from_str::<Value>(document).unwrap())
+        .filter(|object| object["kind"].as_str().unwrap().ends_with("Role"))
+        .collect();
+    let said: Value = serde_saphyr::from_str(NODE_PERMISSIONS).unwrap();
+    assert_eq!(roles.len(), 1, "{roles:?}");
+    assert_eq!(roles[0]["rules"], said);
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod lease;
 mod manifests;
 mod namespaces;
 pub(crate) mod node;
+mod node_agent;
 mod node_pods;
 mod pods;
 mod roots;

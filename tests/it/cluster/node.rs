@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -129,12 +130,35 @@ impl Node {
         self.cluster([OsStr::new("image"), OsStr::new(name), program.as_os_str()]);
     }
 
-    /// Ends all processes of a pod, as the kernel does when it has no memory, and the pod.
-    pub(crate) fn kill(&self, namespace: &str, pod: &str) {
+    /// The first container of a pod, as containerd calls it.
+    pub(crate) fn container(&self, namespace: &str, pod: &str) -> String {
         let namespace = format!("--namespace={namespace}");
         let id = "--output=jsonpath={.status.containerStatuses[0].containerID}";
         let id = self.kubectl(&["get", "pod", pod, &namespace, id]);
-        let id = id.strip_prefix("containerd://").unwrap();
+        id.strip_prefix("containerd://").unwrap_or_else(|| panic!("{pod}: {id:?}")).to_owned()
+    }
+
+    /// A command in a container, which takes neither a kubelet nor an API server.
+    pub(crate) fn inside(&self, container: &str, arguments: &[impl AsRef<OsStr>]) -> Command {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("test-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let mut command = self.command();
+        command.args(["exec", "ctr", "--namespace=k8s.io", "tasks", "exec", "--exec-id", &name, container]);
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// A command on the node, in no pod.
+    pub(crate) fn outside(&self, arguments: &[impl AsRef<OsStr>]) -> Command {
+        let mut command = self.command();
+        command.arg("exec").args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// Ends all processes of a pod, as the kernel does when it has no memory, and the pod.
+    pub(crate) fn kill(&self, namespace: &str, pod: &str) {
+        let id = &self.container(namespace, pod);
+        let namespace = format!("--namespace={namespace}");
         self.cluster(["exec", "ctr", "--namespace=k8s.io", "tasks", "kill", "--signal=SIGKILL", id]);
         self.kubectl(&["delete", "pod", pod, &namespace, "--force", "--grace-period=0"]);
     }

@@ -106,13 +106,9 @@ fn leader(node: &Node) -> String {
 
 /// Mica's manifests and its image, as a user of kustomize adds arguments to them.
 fn install(node: &Node, arguments: &[&str]) {
+    image(node);
     let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().unwrap();
-    let archive = folder.path().join("mica.tar");
-    run(std::process::Command::new(checkout.join("packaging/image"))
-        .args(["--name", IMAGE, env!("CARGO_BIN_EXE_mica")])
-        .arg(&archive));
-    node.cluster(["image".as_ref(), archive.as_os_str()]);
     symlink(checkout.join("manifests"), folder.path().join("manifests")).unwrap();
     let added: Vec<Value> = arguments
         .iter()
@@ -125,6 +121,16 @@ fn install(node: &Node, arguments: &[&str]) {
     std::fs::write(folder.path().join("kustomization.yaml"), overlay.to_string()).unwrap();
     node.kubectl(&["apply", "--kustomize", folder.path().to_str().unwrap()]);
     node.rolled_out(NAMESPACE, "mica");
+}
+
+/// Mica's image, under the name that the manifests have.
+pub(super) fn image(node: &Node) {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = folder.path().join("mica.tar");
+    run(std::process::Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/image"))
+        .args(["--name", IMAGE, env!("CARGO_BIN_EXE_mica")])
+        .arg(&archive));
+    node.cluster(["image".as_ref(), archive.as_os_str()]);
 }
 
 /// A pod that asks Mica for a certificate, and ends.
