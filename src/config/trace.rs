@@ -5,6 +5,7 @@ use crate::trace::Options;
 
 /// The flags of tracing.
 #[derive(Clone, Debug, clap::Args)]
+// Another `Args` has the name of its group.
 #[group(skip)]
 pub struct Args {
     /// Send spans to an OpenTelemetry collector, by OTLP over HTTP; without a path to /v1/traces

@@ -1,7 +1,7 @@
 //! Which local processes are which workloads, as a file says: `docs/workload-api.md` is the schema for people.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use serde_saphyr::Spanned;
@@ -206,9 +206,12 @@ fn criteria(matching: &Spanned<Criteria>) -> Result<Match, Error> {
         return Err(Error::at(matching, reason));
     }
     if let Some(path) = binary
-        && (!path.value.is_absolute() || path.value.components().collect::<PathBuf>() != path.value)
+        && !is_plain(&path.value)
     {
-        let reason = format!("the binary {} is no absolute path without . and ..", path.value.display());
+        let reason = format!(
+            "the binary {} is no absolute path as the kernel writes it, without . and ..",
+            path.value.display()
+        );
         return Err(Error::at(path, reason));
     }
     if let Some(unit) = unit
@@ -224,6 +227,14 @@ fn criteria(matching: &Spanned<Criteria>) -> Result<Match, Error> {
         binary: binary.as_ref().map(|path| path.value.clone()),
         unit: unit.as_ref().map(|unit| unit.value.clone()),
     })
+}
+
+/// Absolute, and as the kernel would write it.
+fn is_plain(path: &Path) -> bool {
+    let mut written = PathBuf::new();
+    written
+        .extend(path.components().filter(|part| matches!(part, Component::RootDir | Component::Normal(_))));
+    path.is_absolute() && written.as_os_str() == path.as_os_str()
 }
 
 fn credentials_of(entry: &Entry) -> Result<Option<Credentials>, Error> {
@@ -298,7 +309,7 @@ workloads:
             ("[]".to_owned(), Some(1), "mapping"),
             ("workload: []".to_owned(), Some(1), "workload"),
             (entry(""), Some(2), "match"),
-            (entry("  match:\n"), None, "says nothing"),
+            (entry("  match:\n"), Some(3), "mapping"),
             (entry("  match: {}\n"), Some(3), "says nothing"),
             (entry("  match: { uid: }\n"), Some(3), ""),
             (entry("  match: { uid: -1 }\n"), Some(3), ""),
@@ -306,6 +317,9 @@ workloads:
             (entry("  match: { user: 1 }\n"), Some(3), "user"),
             (entry("  match: { binary: web }\n"), Some(3), "absolute"),
             (entry("  match: { binary: /usr/../web }\n"), Some(3), "absolute"),
+            (entry("  match: { binary: /usr//web }\n"), Some(3), "absolute"),
+            (entry("  match: { binary: /usr/./web }\n"), Some(3), "absolute"),
+            (entry("  match: { binary: /usr/web/ }\n"), Some(3), "absolute"),
             (entry("  match: { unit: web }\n"), Some(3), "web.service"),
             (entry("  match: { uid: 1 }\n  hint: ''\n"), Some(4), "hint"),
             (entry("  match: { uid: 1 }\n  tokenFile: token\n"), Some(4), "absolute"),
@@ -321,7 +335,7 @@ workloads:
                 Some(2),
                 "identity",
             ),
-            (FILE.replace("external", "internal"), Some(13), "stands for"),
+            (FILE.replace("external", "internal"), Some(12), "stands for"),
             (FILE.replacen("service }", "service }\n  tokenFile: /x", 1), Some(6), "other credentials"),
         ] {
             match Workloads::parse(text.as_bytes()) {

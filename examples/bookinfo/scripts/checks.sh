@@ -7,6 +7,7 @@ check_all() {
     check_mutual_tls
     check_callers
     check_change
+    check_issuance
     check_metrics
     echo "all of it holds"
 }
@@ -118,6 +119,24 @@ has_spans() {
     local found
     found=$(nearby curl --silent --fail "$zipkin/api/v2/trace/$1" | grep -o '"localEndpoint":{"serviceName":"[a-z]*"' | sort -u)
     [[ $(grep -cE '"(productpage|details|reviews|ratings)"$' <<<"$found") == 4 ]]
+}
+
+# A new certificate, from the agent's need to the authority's signature.
+check_issuance() {
+    wait_for 120 "spans of a certificate's issuance in Zipkin" has_issuance
+    good "Zipkin has the spans of a certificate's issuance, too: $zipkin/zipkin/traces/$(issuances | grep -o '"traceId":"[0-9a-f]*"' | head -n 1 | cut -d '"' -f 4)"
+}
+
+has_issuance() {
+    local found name
+    found=$(issuances)
+    for name in "${issuers[@]}"; do
+        [[ $found == *"\"serviceName\":\"$name\""* ]] || return
+    done
+}
+
+issuances() {
+    nearby curl --silent --fail "$zipkin/api/v2/traces?serviceName=mica&spanName=sign&limit=1"
 }
 
 check_metrics() {

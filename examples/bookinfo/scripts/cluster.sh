@@ -2,6 +2,8 @@
 
 export MICA_CLUSTER=${cluster:-$state/cluster}
 declare -gA addresses=()
+# Whose spans the trace of a certificate has: injected agents are told of no Zipkin.
+issuers=(mica)
 
 start_all() {
     local program name
@@ -16,7 +18,9 @@ start_all() {
 resources: [manifests]
 patches:
 - target: {kind: Deployment, name: mica}
-  patch: '[{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--ttl=$ttl"}]'
+  patch: |
+    - { op: add, path: /spec/template/spec/containers/0/args/-, value: "--ttl=$ttl" }
+    - { op: add, path: /spec/template/spec/containers/0/args/-, value: "--trace-zipkin=http://zipkin.telemetry.svc:9411" }
 YAML
     kubectl apply --kustomize "$state" >/dev/null
     kubectl kustomize "$here" | "$program" inject --mode agent -f - | kubectl apply --filename - >/dev/null

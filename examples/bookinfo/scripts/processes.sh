@@ -6,6 +6,8 @@ door=http://$network.1:8000
 zipkin=http://$shared:9411
 prometheus=http://$shared:9090
 mica_metrics=$shared:15014
+# Whose spans the trace of a certificate has.
+issuers=(mica mica-agent)
 
 address_of() {
     local number=1 name
@@ -34,7 +36,7 @@ start_all() {
     start zipkin env "JAVA_OPTIONS=-Djava.io.tmpdir=$state/run" "$zipkin_program" "--armeria.ports[0].ip=$shared" \
         '--armeria.ports[0].port=9411' '--armeria.ports[0].protocols[0]=http'
     start mica "$mica" serve "$here" --data-dir "$state/mica" --ttl "$ttl" --trial-tokens \
-        --grpc-address "$shared:15012" --http-address "$mica_metrics"
+        --grpc-address "$shared:15012" --http-address "$mica_metrics" --trace-zipkin "$zipkin"
     wait_for 90 "Mica; see $state/logs/mica" curl --silent --fail "http://$mica_metrics/readyz"
     for name in "${workloads[@]}"; do
         start_workload "$name" "$services"
@@ -67,7 +69,7 @@ start_workload() {
     is_running "agent-$name" || "$mica" token new "bookinfo/$name" --data-dir "$state/mica" --ttl 1h --force --out "$settings/token" >/dev/null
     start "agent-$name" "$mica" agent --authority-address "$shared:15012" --authority-name localhost \
         --authority-roots "$state/mica/root-cert.pem" --token-file "$settings/token" --certificate "$settings/certificate" \
-        --socket "$settings/agent.sock" --http-address "$address:15020"
+        --socket "$settings/agent.sock" --http-address "$address:15020" --trace-zipkin "$zipkin"
 
     [[ $name != productpage ]] || more=(--config-yaml "$(as_process "$name" <"$here/sidecar/door.yaml")")
     start "envoy-$name" "$envoy" --config-path "$settings/bootstrap.yaml" "${more[@]}" --service-node "$name" \

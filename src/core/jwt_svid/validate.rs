@@ -194,6 +194,29 @@ mod tests {
     }
 
     #[test]
+    fn a_trust_domain_speaks_for_itself_alone() {
+        let (ours, theirs) = (Signer::new(), Signer::new());
+        let set = |signer: &Signer| json!({"keys": [signer.jwk()]}).to_string();
+        let (our_set, their_set) = (set(&ours), set(&theirs));
+        let now = OffsetDateTime::from_unix_timestamp(NOW).unwrap();
+        let judged = |signer: &Signer, sub: &str| {
+            let token = signer.token(&header(), &with(claims(), "sub", json!(sub)));
+            validate(&token, "b", now, |domain| match domain.as_str() {
+                "example.org" => Some(our_set.as_str()),
+                "example.com" => Some(their_set.as_str()),
+                _ => None,
+            })
+            .map(|(id, _)| id.to_string())
+        };
+        assert!(judged(&ours, "spiffe://example.org/a").is_ok());
+        assert!(judged(&theirs, "spiffe://example.com/a").is_ok());
+        // Each has a key of the same name.
+        assert_eq!(judged(&theirs, "spiffe://example.org/a"), Err(Error::Token(Fault::Signature)));
+        assert_eq!(judged(&ours, "spiffe://example.com/a"), Err(Error::Token(Fault::Signature)));
+        assert!(matches!(judged(&ours, "spiffe://example.net/a"), Err(Error::TrustDomain(_))));
+    }
+
+    #[test]
     #[expect(clippy::disallowed_methods, reason = "a key for this test alone")]
     fn a_signature_that_would_fit_does_not_save_an_algorithm_that_no_svid_has() {
         let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
