@@ -2,17 +2,24 @@
 //! or `cargo bench --bench agent -- SECTION...`.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
+#[allow(dead_code, reason = "each bench uses its part")]
+mod floor;
+
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use mica::agent::{Agent, Asker, Authority, Bundles, Svid, Wishes};
+use mica::agent::{Agent, Asker, Authority, Bundles, Credentials, Svid, Wishes};
 use mica::attest::OwnUser;
+use mica::client;
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
+use mica::core::csr::nameless;
 use mica::core::issuer::{self, Issuer, Order};
 use mica::core::key::KeyKind;
+use mica::core::pem;
 use mica::core::profile::Profile;
 use mica::core::spiffe::{SpiffeId, TrustDomain};
 use mica::endpoint::{self, Endpoint, sds};
@@ -22,19 +29,21 @@ use mica::proto::xds::envoy::service::discovery::v3::{
 use mica::proto::xds::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
 use mica::sys::{clock, keys};
 use prometheus_client::registry::Registry;
-use tokio::runtime::{Builder, Handle};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Barrier, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint as Remote};
 
 const PROXIES: usize = 1_000;
 const ROTATIONS: usize = 9;
+const MANY: usize = 500;
+const ROUNDS: usize = 9;
 const ID: &str = "spiffe://example.org/ns/shop/sa/web";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     type Section = (&'static str, fn());
-    let sections: [Section; 1] = [("rotation", rotation)];
+    let sections: [Section; 2] = [("rotation", rotation), ("many", many)];
     for (name, section) in sections {
         if arguments.is_empty() || arguments.iter().any(|a| a == name) {
             section();
@@ -85,6 +94,184 @@ fn rotation() {
             ms(spent[0]),
             ms(spent[ROTATIONS - 1]),
         );
+    }
+}
+
+/// All identities of a node, from nothing, beside as many CSRs that are ready made, on one connection, as many at once;
+/// then what an agent that keeps them holds in memory, and what it does between renewals.
+fn many() {
+    let place = Place::new();
+    let mut ratios: Vec<f64> = (0..ROUNDS)
+        .map(|_| {
+            let bare = place.bare();
+            place.obtained().as_secs_f64() / bare.as_secs_f64()
+        })
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    println!(
+        "{MANY} identities from nothing: {:.2} times {MANY} CSRs ({:.2} to {:.2}; at most 1.1)",
+        ratios[ROUNDS / 2],
+        ratios[0],
+        ratios[ROUNDS - 1]
+    );
+    let (memory, idle) = place.kept();
+    println!(
+        "an agent that keeps {MANY} identities: {:.1} MB (at most 40), {:.3} % of a core between renewals (at most 0.1)",
+        memory as f64 / 1e6,
+        idle * 100.0
+    );
+}
+
+/// An authority with accounts, and a token for each.
+struct Place {
+    root: tempfile::TempDir,
+    authority: Child,
+    address: String,
+    runtime: Runtime,
+}
+
+impl Place {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().join(name);
+        std::fs::create_dir(path("manifests")).unwrap();
+        let account = |n| {
+            format!("apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: a{n}, namespace: many}}\n---\n")
+        };
+        std::fs::write(path("manifests/all.yaml"), (0..MANY).map(account).collect::<String>()).unwrap();
+        let mica = || Command::new(env!("CARGO_BIN_EXE_mica"));
+        let authority = mica()
+            .arg("serve")
+            .arg(path("manifests"))
+            .arg("--data-dir")
+            .arg(path("data"))
+            .args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--trial-tokens"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let addresses = loop {
+            match std::fs::read(path("data/addresses.json")) {
+                Ok(text) => break text,
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        let addresses: serde_json::Value = serde_json::from_slice(&addresses).unwrap();
+        let address = addresses["grpc"].as_str().unwrap().to_owned();
+        for n in 0..MANY {
+            let token = mica()
+                .args(["token", "new", "--ttl", "1h", &format!("many/a{n}"), "--data-dir"])
+                .arg(path("data"))
+                .output()
+                .unwrap();
+            std::fs::write(path(&format!("token-{n}")), token.stdout).unwrap();
+        }
+        let runtime = Builder::new_multi_thread().enable_all().build().unwrap();
+        Self { root, authority, address, runtime }
+    }
+
+    fn token(&self, n: usize) -> PathBuf {
+        self.root.path().join(format!("token-{n}"))
+    }
+
+    fn roots(&self) -> PathBuf {
+        self.root.path().join("data/root-cert.pem")
+    }
+
+    fn id(n: usize) -> SpiffeId {
+        SpiffeId::parse(&format!("spiffe://cluster.local/ns/many/sa/a{n}")).unwrap()
+    }
+
+    fn bare(&self) -> Duration {
+        let target = client::Target {
+            address: self.address.parse().unwrap(),
+            roots: TrustBundle::from_pem(&std::fs::read(self.roots()).unwrap()).unwrap(),
+            name: None,
+            credential: client::Credential::Token(self.token(0)),
+        };
+        let csr = || {
+            let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+            pem::encode(pem::CSR, &nameless(&key).unwrap())
+        };
+        let csrs: Vec<String> = (0..8).map(|_| csr()).collect();
+        let load = client::bench::Load {
+            connections: 1,
+            in_flight: 8,
+            duration: Duration::from_secs(60),
+            requests: MANY as u64,
+            rate: None,
+            new_connections: false,
+        };
+        let begun = Instant::now();
+        let outcome = self.runtime.block_on(client::load(&target, &csrs, &load)).unwrap();
+        assert_eq!((outcome.granted, outcome.failures()), (MANY as u64, 0));
+        begun.elapsed()
+    }
+
+    fn obtained(&self) -> Duration {
+        let authority = Authority { address: self.address.parse().unwrap(), name: None, roots: self.roots() };
+        let credentials = |n| Credentials { token: Some(self.token(n)), certificate: None };
+        let others = (0..MANY).map(|n| (Self::id(n), credentials(n))).collect();
+        let wishes = Wishes { own: None, credentials: credentials(0), others };
+        let begun = Instant::now();
+        let (agent, wanted) = Agent::new(Asker::new(authority, None, KeyKind::P256), wishes);
+        let agent = Arc::new(agent);
+        let watched: Vec<_> = (0..MANY).map(|n| agent.held.pin(&Self::id(n))).collect();
+        let keeping = self.runtime.spawn(mica::agent::keep(agent, wanted));
+        self.runtime.block_on(async {
+            for mut one in watched {
+                one.wait_for(Option::is_some).await.unwrap();
+            }
+        });
+        let elapsed = begun.elapsed();
+        keeping.abort();
+        elapsed
+    }
+
+    /// Bytes of memory, and the part of a core.
+    fn kept(&self) -> (u64, f64) {
+        let path = |name: &str| self.root.path().join(name);
+        let entry = |n| {
+            let (id, token) = (Self::id(n), self.token(n));
+            format!("- identity: {id}\n  match: {{uid: {}}}\n  tokenFile: {}\n", 10_000 + n, token.display())
+        };
+        let entries: String = (0..MANY).map(entry).collect();
+        std::fs::write(path("workloads.yaml"), format!("workloads:\n{entries}")).unwrap();
+        let mut agent = Command::new(env!("CARGO_BIN_EXE_mica"))
+            .args(["agent", "--http-address", "127.0.0.1:0", "--authority-address", &self.address])
+            .arg("--authority-roots")
+            .arg(self.roots())
+            .arg("--token-file")
+            .arg(self.token(0))
+            .arg("--workloads")
+            .arg(path("workloads.yaml"))
+            .arg("--socket")
+            .arg(path("agent.sock"))
+            .arg("--files")
+            .arg(path("files"))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let delivered =
+            || (0..MANY).all(|n| path("files/many").join(format!("istio.a{n}/cert-chain.pem")).exists());
+        while !delivered() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        std::thread::sleep(Duration::from_secs(5));
+        let before = floor::of_process(agent.id());
+        std::thread::sleep(Duration::from_secs(20));
+        let idle = floor::of_process(agent.id()) - before;
+        let memory = floor::resident(agent.id());
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        (memory, idle.as_secs_f64() / 20.0)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = self.authority.kill();
+        let _ = self.authority.wait();
     }
 }
 

@@ -328,3 +328,96 @@ impl Record {
 fn random<const N: usize>() -> Option<[u8; N]> {
     keys::random_bytes().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::core::url::Collector;
+
+    fn tracer(sample: f64) -> (Tracer, Registry) {
+        let collector = Collector::new("http://127.0.0.1:1", "/x").unwrap();
+        let mut registry = Registry::default();
+        let options = Options { otlp: None, zipkin: Some(collector), sample };
+        let (tracer, exporters) = start(&options, "test", &mut registry);
+        // Nobody empties the queue, and it stays open.
+        std::mem::forget(exporters);
+        (tracer, registry)
+    }
+
+    fn dropped(registry: &Registry) -> u64 {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
+        let line = text.lines().find(|line| line.contains("dropped_total{") && line.contains("queue_full"));
+        line.unwrap().split(' ').next_back().unwrap().parse().unwrap()
+    }
+
+    fn parent(sampled: Option<bool>) -> Parent {
+        let (trace, span) = (TraceId::new([1; 16]).unwrap(), SpanId::new([2; 8]).unwrap());
+        Parent { trace, span, sampled }
+    }
+
+    #[test]
+    fn a_tracer_that_is_off_makes_nothing() {
+        let (tracer, exporters) =
+            start(&Options { otlp: None, zipkin: None, sample: 1.0 }, "test", &mut Registry::default());
+        assert!(!tracer.is_on() && exporters.is_empty());
+        let mut span = tracer.answer(Some(&parent(Some(true))), "service", "method");
+        span.set("key", "value");
+        assert!(span.0.is_none() && span.part("part").0.is_none() && span.call("a", "b").0.is_none());
+        assert_eq!((span.context(), size_of::<Span>()), (None, size_of::<usize>()));
+    }
+
+    #[test]
+    fn a_wish_counts_only_of_who_is_known() {
+        let recorded = |sample: f64, wish: Option<bool>, is_known: bool| {
+            let (tracer, _registry) = tracer(sample);
+            let mut span = tracer.answer(Some(&parent(wish)), "service", "method");
+            drop(span.part("part"));
+            if is_known {
+                span.trust();
+            }
+            span.context().unwrap().sampled
+        };
+        for (sample, wish, known, stranger) in [
+            (0.0, Some(true), true, false),
+            (0.0, None, false, false),
+            (0.0, Some(false), false, false),
+            (1.0, Some(true), true, true),
+            (1.0, None, true, true),
+            (1.0, Some(false), false, true),
+        ] {
+            assert_eq!((recorded(sample, wish, true), recorded(sample, wish, false)), (known, stranger));
+        }
+    }
+
+    #[test]
+    fn strangers_leave_half_of_the_queue_to_others() {
+        let (tracer, registry) = tracer(1.0);
+        let ask = |is_known: bool| {
+            let mut span = tracer.answer(None, "service", "method");
+            if is_known {
+                span.trust();
+            }
+        };
+        (0..2_000).for_each(|_| ask(false));
+        assert_eq!(dropped(&registry), 2_000 - 1_024);
+        (0..1_024).for_each(|_| ask(true));
+        assert_eq!(dropped(&registry), 2_000 - 1_024);
+        ask(true);
+        assert_eq!(dropped(&registry), 2_000 - 1_024 + 1);
+    }
+
+    #[test]
+    fn what_is_not_recorded_is_told_to_others_as_such() {
+        let (tracer, registry) = tracer(0.0);
+        (0..3_000).for_each(|_| drop(tracer.begin("root").part("part")));
+        assert_eq!(dropped(&registry), 0);
+        let span = tracer.begin("root");
+        let context = span.context().unwrap();
+        assert!(context.traceparent().ends_with("-00"));
+        let next = tracer.follow(Some(context), "next").context().unwrap();
+        assert_eq!((next.trace, next.sampled), (context.trace, false));
+    }
+}

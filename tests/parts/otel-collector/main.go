@@ -15,6 +15,7 @@ import (
 	"go.opentelemetry.io/collector/otelcol"
 	"go.opentelemetry.io/collector/receiver"
 	"go.opentelemetry.io/collector/receiver/otlpreceiver"
+	"go.opentelemetry.io/collector/service/telemetry/otelconftelemetry"
 )
 
 func main() {
@@ -23,7 +24,9 @@ func main() {
 		var exporters map[component.Type]exporter.Factory
 		exporters, err = otelcol.MakeFactoryMap[exporter.Factory](debugexporter.NewFactory())
 		if err == nil {
-			err = run(otelcol.Factories{Receivers: receivers, Exporters: exporters})
+			err = run(otelcol.Factories{
+				Receivers: receivers, Exporters: exporters, Telemetry: otelconftelemetry.NewFactory(),
+			})
 		}
 	}
 	if err != nil {
@@ -38,6 +41,7 @@ func run(factories otelcol.Factories) error {
 		Factories: func() (otelcol.Factories, error) { return factories, nil },
 		ConfigProviderSettings: otelcol.ConfigProviderSettings{
 			ResolverSettings: confmap.ResolverSettings{
+				DefaultScheme:     "yaml",
 				ProviderFactories: []confmap.ProviderFactory{yamlprovider.NewFactory()},
 			},
 		},
