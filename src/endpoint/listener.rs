@@ -2,7 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tonic::transport::server::Connected;
 
+use super::authority::Cleaner;
 use crate::sys::listen::{Places, Stream};
 use crate::sys::peer::{Moment, Process};
 
@@ -56,7 +57,7 @@ pub(super) async fn accept(
             continue;
         };
         let stream = Stream::staying(stream, IDLE, place);
-        if accepted.send(Ok(Connection { stream, process })).await.is_err() {
+        if accepted.send(Ok(Connection { stream, cleaner: Cleaner::new(), process })).await.is_err() {
             return;
         }
     }
@@ -65,6 +66,7 @@ pub(super) async fn accept(
 /// A connection, and who made it.
 pub(super) struct Connection {
     stream: Stream<UnixStream, u32, u32>,
+    cleaner: Cleaner,
     process: Process,
 }
 
@@ -82,7 +84,10 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        self.cleaner.clean(&mut buffer.filled_mut()[before..]);
+        Poll::Ready(Ok(()))
     }
 }
 

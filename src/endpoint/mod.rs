@@ -1,6 +1,7 @@
 //! The Workload Endpoint: what the agent serves on its Unix socket (SPIFFE_Workload_Endpoint.md), to processes that it
 //! knows by their peer credentials.
 
+mod authority;
 mod bounds;
 mod listener;
 pub mod sds;
