@@ -2,7 +2,6 @@
 //! or `cargo bench --bench agent -- SECTION...`.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
-#[allow(dead_code, reason = "each bench uses its part")]
 mod floor;
 
 use std::os::unix::net::UnixListener;

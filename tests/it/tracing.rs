@@ -193,7 +193,7 @@ async fn one_trace_leads_from_the_need_to_the_delivery() {
     let agent = agent::start(&place, "web", &mut command);
     let proxy = proxy(socket).await;
     wait_for(Duration::from_secs(20), "an open stream", || {
-        (agent.metric("mica_sds_streams{method=\"StreamSecrets\"}") == 1.0).then_some(())
+        agent.page("/metrics").1.contains("mica_sds_streams{method=\"StreamSecrets\"} 1\n").then_some(())
     });
     agent::token(&place, "shop/web");
 
@@ -341,7 +341,7 @@ async fn an_opentelemetry_collector_reads_the_spans() {
         .unwrap();
     let _collector = Running(collector);
     let said = || fs::read_to_string(&log).unwrap();
-    wait_for(Duration::from_secs(60), "the collector", || {
+    wait_for(Duration::from_secs(180), "the collector", || {
         std::net::TcpStream::connect(("127.0.0.1", port)).ok()
     });
     let mica = place.start(&["--trace-otlp", &format!("http://127.0.0.1:{port}")]);

@@ -443,7 +443,8 @@ fn a_namespace_that_ends_is_not_written_to_again_and_again() {
     }
     let after = asked(&plane);
     let more = |verb: &str| after.get(verb).copied().unwrap_or(0) - before.get(verb).copied().unwrap_or(0);
-    assert!(more("POST") <= 25 && more("PUT") == 0, "{before:?} {after:?}");
+    // The keys of JWT-SVIDs are in a secret, too, elsewhere.
+    assert!(more("POST") <= 25 && more("PUT") <= 1, "{before:?} {after:?}");
     // Others are served meanwhile.
     stays.account("web");
     Secrets::new(&plane, &stays, &place).wait("web");
