@@ -234,10 +234,18 @@ impl ControlPlane {
             if matches!(&said, Ok(Ok(text)) if text == "ok") {
                 return;
             }
-            for (name, child) in self.running.lock().unwrap().iter_mut() {
-                if let Some(status) = child.try_wait().unwrap() {
-                    panic!("{name} ended with {status}: {}", self.log(name));
+            let mut impatient = false;
+            self.running.lock().unwrap().retain_mut(|(name, child)| match child.try_wait().unwrap() {
+                None => true,
+                // It gives a busy API server ten seconds.
+                Some(_) if *name == "kube-controller-manager" => {
+                    impatient = true;
+                    false
                 }
+                Some(status) => panic!("{name} ended with {status}: {}", self.log(name)),
+            });
+            if impatient {
+                self.start_controller_manager();
             }
             assert!(begun.elapsed() < START, "not ready: {said:?}\n{}", self.log("kube-apiserver"));
             std::thread::sleep(Duration::from_millis(50));
