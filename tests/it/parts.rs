@@ -24,6 +24,16 @@ pub(crate) fn go_spiffe() -> PathBuf {
     find("go-spiffe")
 }
 
+/// The program in `tests/parts/py-spiffe`; its head says what it does.
+pub(crate) fn py_spiffe() -> PathBuf {
+    find("py-spiffe")
+}
+
+/// The program in `tests/parts/rust-spiffe`; its head says what it does.
+pub(crate) fn rust_spiffe() -> PathBuf {
+    find("rust-spiffe")
+}
+
 /// The program in `tests/parts/istio-client`, made of istio.io/api and grpc-go; its head says what it takes.
 pub(crate) fn istio_client() -> PathBuf {
     find("istio-client")
@@ -70,6 +80,7 @@ fn every_part_is_there_and_runs() {
         (Command::new(envoy()), "--version"),
         (openssl(), "version"),
         (Command::new(go_spiffe()), "id"),
+        (Command::new(py_spiffe()), "--help"),
         (Command::new(faketime()), "--version"),
         (Command::new(grpcurl()), "-version"),
         (Command::new(otel_collector()), "--version"),

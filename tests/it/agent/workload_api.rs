@@ -12,36 +12,61 @@ use crate::serve::{Place, wait_for};
 
 const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
 
-/// A workload of go-spiffe's: it makes requests to itself all the time.
+/// A workload of somebody's library: it makes requests to itself all the time.
 struct Workload {
+    library: &'static str,
     child: Child,
     told: BufReader<ChildStdout>,
 }
 
+/// What a workload has had; all of it was good.
+struct Had {
+    requests: u64,
+    /// Certificates.
+    serials: u64,
+    tokens: u64,
+    /// Tokens that could not be fetched, because nobody answered.
+    missed: u64,
+}
+
 impl Workload {
-    fn start(socket: &Path) -> Self {
-        let mut child = Command::new(parts::go_spiffe())
-            .args(["workload", "--audience", "somebody"])
-            .arg(socket)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let told = BufReader::new(child.stdout.take().unwrap());
-        Self { child, told }
+    fn of_go_spiffe(socket: &Path) -> Self {
+        let mut command = Command::new(parts::go_spiffe());
+        command.arg("workload");
+        Self::start("go-spiffe", command, socket)
     }
 
-    /// How many requests there were, over how many certificates, and how many tokens; all of them were good.
-    fn ask(&mut self) -> (u64, u64, u64) {
-        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    fn of_each_library(socket: &Path) -> [Self; 3] {
+        [
+            Self::of_go_spiffe(socket),
+            Self::start("py-spiffe", Command::new(parts::py_spiffe()), socket),
+            Self::start("rust-spiffe", Command::new(parts::rust_spiffe()), socket),
+        ]
+    }
+
+    fn start(library: &'static str, mut command: Command, socket: &Path) -> Self {
+        command.args(["--audience", "somebody"]).arg(socket);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let told = BufReader::new(child.stdout.take().unwrap());
+        Self { library, child, told }
+    }
+
+    fn ask(&mut self) -> Had {
+        let library = self.library;
+        let asked = self.child.stdin.as_mut().unwrap().write_all(b"\n");
         let mut line = String::new();
         self.told.read_line(&mut line).unwrap();
+        assert!(asked.is_ok() && line.starts_with(&format!("id={SERVER} ")), "{library} ended: {line:?}");
         let number = |name: &str| -> u64 {
             let found = line.split(' ').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
-            found.unwrap_or_else(|| panic!("go-spiffe ended: {line:?}")).trim().parse().unwrap()
+            found.unwrap_or_else(|| panic!("{library}: no {name} in {line:?}")).trim().parse().unwrap()
         };
-        assert!(line.starts_with(&format!("id={SERVER} ")), "{line}");
-        (number("requests"), number("serials"), number("tokens"))
+        Had {
+            requests: number("requests"),
+            serials: number("serials"),
+            tokens: number("tokens"),
+            missed: number("missed"),
+        }
     }
 
     fn end(mut self) {
@@ -58,7 +83,7 @@ impl Drop for Workload {
 }
 
 #[test]
-fn ten_rotations_fail_no_request_of_go_spiffes_sources() {
+fn ten_rotations_fail_no_request_of_three_libraries() {
     let place = Place::new();
     place.account("server");
     let flags = ["--ttl", "10s", "--trial-tokens"];
@@ -71,22 +96,41 @@ fn ten_rotations_fail_no_request_of_go_spiffes_sources() {
     begin.arg("--socket").arg(&socket).arg("--token-file").arg(token);
     begin.arg("--certificate").arg(place.root.path().join("none"));
     let agent = start(&place, "agent", &mut begin);
-    let mut workload = Workload::start(&socket);
-    let mut rotated = |serials: u64| {
-        wait_for(Duration::from_secs(60), "more certificates", || (workload.ask().1 >= serials).then_some(()))
+    let mut workloads = Workload::of_each_library(&socket);
+    let mut each_has = |what: &str, enough: &dyn Fn(usize, &Had) -> bool| {
+        for (number, workload) in workloads.iter_mut().enumerate() {
+            let what = format!("{what} of {}", workload.library);
+            wait_for(Duration::from_secs(60), &what, || enough(number, &workload.ask()).then_some(()));
+        }
+        workloads.each_mut().map(Workload::ask)
     };
-    rotated(4);
+    for had in each_has("certificates", &|_, had| had.serials >= 4) {
+        assert_eq!(had.missed, 0);
+    }
     agent.kill();
     assert!(socket.exists(), "it is left over");
     let agent = start(&place, "agent", &mut begin);
-    rotated(7);
+    // Each library comes back in its own time: until then its tokens, and nothing else, are missing.
+    let killed = each_has("more certificates", &|_, _| true);
+    let back = each_has("more certificates and tokens", &|number, had| {
+        had.serials >= 7 && had.tokens >= killed[number].tokens + 20
+    });
     mica.kill();
     std::thread::sleep(Duration::from_secs(2));
     let _mica = place.start_at(&grpc, &flags);
-    rotated(11);
-    let (requests, _, tokens) = workload.ask();
-    assert!(requests > 100 && tokens > 100, "{requests} requests, {tokens} tokens");
-    workload.end();
+    let last = each_has("the last certificates", &|_, had| had.serials >= 11);
+    for (back, last) in back.iter().zip(&last) {
+        assert_eq!(back.missed, last.missed, "the authority is not needed for a token that is held");
+        assert!(
+            last.requests > 100 && last.tokens > 100,
+            "{} requests, {} tokens",
+            last.requests,
+            last.tokens
+        );
+    }
+    for workload in workloads {
+        workload.end();
+    }
     agent.stop();
     assert!(!socket.exists(), "it goes with a clean stop");
 }
@@ -115,8 +159,8 @@ fn ten_thousand_connections_leave_the_socket_to_others() {
             held.drain(..1_000);
         }
     }
-    let mut workload = Workload::start(&socket);
-    wait_for(Duration::from_secs(60), "requests", || (workload.ask().0 >= 10).then_some(()));
+    let mut workload = Workload::of_go_spiffe(&socket);
+    wait_for(Duration::from_secs(60), "requests", || (workload.ask().requests >= 10).then_some(()));
     workload.end();
     let resident = resident(agent.pid());
     drop(held);

@@ -79,7 +79,7 @@ func workload(args []string) error {
 		}
 	}()
 	serials := map[string]bool{}
-	requests, tokens := 0, 0
+	requests, tokens, missed := 0, 0, 0
 	fetched := time.Now()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -89,7 +89,8 @@ func workload(args []string) error {
 			if !more {
 				return nil
 			}
-			fmt.Printf("id=%s requests=%d serials=%d tokens=%d\n", svid.ID, requests, len(serials), tokens)
+			fmt.Printf("id=%s requests=%d serials=%d tokens=%d missed=%d\n",
+				svid.ID, requests, len(serials), tokens, missed)
 		case <-tick.C:
 			response, err := client.Get("https://" + listener.Addr().String())
 			if err != nil {
@@ -107,6 +108,8 @@ func workload(args []string) error {
 				fetched = time.Now()
 			} else if time.Since(fetched) > patience {
 				return fmt.Errorf("token %d: %w", tokens, err)
+			} else {
+				missed++
 			}
 		}
 	}
