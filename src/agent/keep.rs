@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use super::ask::{Credentials, Error};
@@ -57,7 +57,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         tokio::select! {
             Some(ended) = keeper.tasks.join_next(), if !keeper.tasks.is_empty() => match ended {
                 Ok((key, outcome)) => keeper.settle(key, outcome),
-                Err(fault) => tracing::error!(%fault, "a request ended by itself"),
+                Err(fault) => keeper.ask_again(&fault),
             },
             Some(id) = wanted.recv() => keeper.begin(Some(id)),
             Ok(()) = bundles.changed() => keeper.judge_again(),
@@ -83,7 +83,8 @@ struct Entry {
     /// When it is asked for next.
     due: OffsetDateTime,
     failures: u32,
-    asked: bool,
+    /// The request that is under way.
+    asked: Option<task::Id>,
     svid: Option<Arc<Svid>>,
     /// From when it was wanted, or was due, until there is a certificate.
     span: Option<Span>,
@@ -106,7 +107,7 @@ impl Keeper {
         let tracer = &self.agent.tracer;
         self.entries.entry(key).or_insert_with(|| {
             let span = svid.is_none().then(|| begun(tracer, "new"));
-            Entry { due, failures: 0, asked: false, svid, span }
+            Entry { due, failures: 0, asked: None, svid, span }
         });
     }
 
@@ -117,7 +118,7 @@ impl Keeper {
         let mut due: Vec<(OffsetDateTime, Key)> = Vec::new();
         for (key, entry) in &self.entries {
             match (entry.due - now).try_into() {
-                _ if entry.asked => {}
+                _ if entry.asked.is_some() => {}
                 Ok(left) if left > Duration::ZERO => wait = wait.min(left),
                 _ => due.push((entry.due, key.clone())),
             }
@@ -144,19 +145,30 @@ impl Keeper {
             None => self.agent.own_wish(),
         };
         let Some(entry) = self.entries.get_mut(&key) else { return };
-        entry.asked = true;
         let span = entry.span.get_or_insert_with(|| begun(&self.agent.tracer, "renewal")).part("obtain");
         let (agent, held) = (self.agent.clone(), entry.svid.clone());
-        self.tasks.spawn(async move {
+        let task = self.tasks.spawn(async move {
             let outcome = obtain(&agent, &wish, held.as_deref(), span).await;
             (key, outcome)
         });
+        entry.asked = Some(task.id());
+    }
+
+    /// A request that a fault of ours ended is a failure as any other: its identity is not forgotten.
+    fn ask_again(&mut self, fault: &task::JoinError) {
+        tracing::error!(%fault, "a request ended by itself");
+        self.agent.metrics.failed("fault");
+        if let Some(entry) = self.entries.values_mut().find(|entry| entry.asked == Some(fault.id())) {
+            entry.asked = None;
+            entry.failures = entry.failures.saturating_add(1);
+            entry.due = clock::now() + retry_after(entry.failures, None, draw());
+        }
     }
 
     fn settle(&mut self, key: Key, outcome: Outcome) {
         let now = clock::now();
         let Some(mut entry) = self.entries.remove(&key) else { return };
-        entry.asked = false;
+        entry.asked = None;
         let (mut svid, bundle) = match outcome {
             Ok(got) => got,
             Err(error) => {
@@ -255,7 +267,7 @@ impl Keeper {
 
     fn try_failed_now(&mut self) {
         let now = clock::now();
-        for entry in self.entries.values_mut().filter(|entry| entry.failures > 0 && !entry.asked) {
+        for entry in self.entries.values_mut().filter(|entry| entry.failures > 0 && entry.asked.is_none()) {
             (entry.due, entry.failures) = (now, 1);
         }
     }
