@@ -52,7 +52,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Holds nothing yet. What is wanted comes out of the channel, which [`keep`] empties.
+    /// Holds nothing yet. What is wanted comes out of the channel, which [`keep()`] empties.
     pub fn new(asker: Asker, wishes: Wishes) -> (Self, mpsc::UnboundedReceiver<SpiffeId>) {
         let (held, wanted) = Held::new();
         let own = watch::Sender::new(wishes.own.clone().flatten());

@@ -28,6 +28,7 @@ use crate::core::certificate::Certificate;
 use crate::core::chain;
 use crate::core::federation::{self, Foreign, MAX, MAX_BUNDLE, Next, Profile};
 use crate::core::published::Published;
+use crate::core::rotation::retry_after;
 use crate::core::spiffe::{SpiffeId, TrustDomain};
 use crate::sys::dir::{Access, Dir};
 use crate::sys::fetch::{self, Trust};
@@ -225,11 +226,22 @@ struct One {
 
 impl One {
     async fn follow(self) {
-        let mut told = None;
+        let (mut told, mut failures) = (None, 0);
         loop {
-            match self.look().await {
-                Ok(()) => told = None,
+            let looked = self.look().await;
+            let random = keys::random_bytes().map_or(0, u64::from_ne_bytes);
+            // Those who were told the same do not come together.
+            #[expect(clippy::cast_precision_loss, reason = "a random moment needs no precision")]
+            let spread = 1.0 - random as f64 / u64::MAX as f64 / 10.0;
+            let mut wait = federation::refresh(self.held().as_deref()).mul_f64(spread);
+            match looked {
+                Ok(()) => (told, failures) = (None, 0),
                 Err((outcome, fault)) => {
+                    // No answer is asked for again soon: both sides may have just started.
+                    if outcome == "failed" {
+                        failures += 1;
+                        wait = wait.min(retry_after(failures, None, random));
+                    }
                     self.fetched.count(&self.domain, outcome);
                     if told.as_ref() != Some(&fault) {
                         let domain = &self.domain;
@@ -238,10 +250,7 @@ impl One {
                     }
                 }
             }
-            let wait = federation::refresh(self.held().as_deref());
-            // Those who were told the same do not come together.
-            let [random] = keys::random_bytes().unwrap_or([0]);
-            sleep(wait.mul_f64(1.0 - f64::from(random) / 2_550.0)).await;
+            sleep(wait).await;
         }
     }
 
