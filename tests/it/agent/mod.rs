@@ -3,6 +3,7 @@
 mod conformance;
 mod disk;
 mod files;
+mod unread;
 mod workload_api;
 
 use std::fs;
