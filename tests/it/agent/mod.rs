@@ -2,6 +2,7 @@
 
 mod conformance;
 mod disk;
+mod examples;
 mod files;
 mod unread;
 mod workload_api;
