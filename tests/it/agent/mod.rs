@@ -1,5 +1,6 @@
 //! `mica agent` as its users run it: the built program beside the built authority.
 
+mod clock;
 mod conformance;
 mod disk;
 mod examples;
