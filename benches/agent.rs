@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use mica::agent::{Agent, Asker, Authority, Bundles, Credentials, Svid, Wishes};
@@ -16,25 +17,36 @@ use mica::client;
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
 use mica::core::csr::nameless;
+use mica::core::granted::Granted;
 use mica::core::issuer::{self, Issuer, Order};
 use mica::core::key::KeyKind;
 use mica::core::pem;
 use mica::core::profile::Profile;
 use mica::core::spiffe::{SpiffeId, TrustDomain};
 use mica::endpoint::{self, Endpoint, sds};
+use mica::proto::grpc::health::v1::health_client::HealthClient;
+use mica::proto::grpc::health::v1::health_server::{Health, HealthServer};
+use mica::proto::grpc::health::v1::{HealthCheckRequest, HealthCheckResponse};
+use mica::proto::spiffe::X509svidRequest;
+use mica::proto::spiffe::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use mica::proto::xds::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
 };
 use mica::proto::xds::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
 use mica::sys::{clock, keys};
 use prometheus_client::registry::Registry;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Barrier, mpsc};
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::UdsConnectInfo;
 use tonic::transport::{Channel, Endpoint as Remote};
+use tonic::{Response, Status};
 
 const PROXIES: usize = 1_000;
 const ROTATIONS: usize = 9;
+const STREAMS: usize = 1_000;
 const MANY: usize = 500;
 const ROUNDS: usize = 9;
 const ID: &str = "spiffe://example.org/ns/shop/sa/web";
@@ -42,7 +54,7 @@ const ID: &str = "spiffe://example.org/ns/shop/sa/web";
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     type Section = (&'static str, fn());
-    let sections: [Section; 2] = [("rotation", rotation), ("many", many)];
+    let sections: [Section; 3] = [("rotation", rotation), ("first", first), ("many", many)];
     for (name, section) in sections {
         if arguments.is_empty() || arguments.iter().any(|a| a == name) {
             section();
@@ -76,13 +88,13 @@ fn rotation() {
                     break;
                 }
             }
-            let begun = served.worked();
+            let begun = worked(&served.serving);
             served.hold();
             clients.block_on(told.wait());
             while acknowledged() < before + PROXIES as u64 {
                 pause(10);
             }
-            spent.push(served.worked() - begun);
+            spent.push(worked(&served.serving) - begun);
         }
         spent.sort();
         let (protocol, median) = (if delta { "delta" } else { "state of the world" }, spent[ROTATIONS / 2]);
@@ -96,29 +108,163 @@ fn rotation() {
     }
 }
 
-/// All identities of a node, from nothing, beside as many CSRs that are ready made, on one connection, as many at once;
-/// then what an agent that keeps them holds in memory, and what it does between renewals.
+/// The first response of a stream whose identity is held, beside a stream that ends at once, with the caller's user
+/// compared, through the same library on a socket of the same kind. On one connection, and each on one of its own.
+fn first() {
+    let (served, bare) = (Served::new(), Bare::new());
+    let clients = Builder::new_current_thread().enable_all().build().unwrap();
+    for anew in [false, true] {
+        let mut ratios = Vec::new();
+        let mut spent = [Vec::new(), Vec::new()];
+        for _ in 0..ROUNDS {
+            let one = |serving: &Handle, ask: &dyn Fn() -> Duration| {
+                ask();
+                let begun = worked(serving);
+                ask();
+                (worked(serving) - begun).as_secs_f64() * 1e6 / STREAMS as f64
+            };
+            let ours = one(&served.serving, &|| clients.block_on(fetch(&served.socket, anew)));
+            let theirs = one(&bare.serving, &|| clients.block_on(watch_nothing(&bare.socket, anew)));
+            ratios.push(ours / theirs);
+            spent[0].push(ours);
+            spent[1].push(theirs);
+        }
+        let [ours, theirs] = spent.each_mut().map(|all| floor::middle(all));
+        let connection = if anew { "a new connection" } else { "a kept connection" };
+        println!(
+            "first response of FetchX509SVID on {connection}: {ours:.1} us of CPU, an empty stream {theirs:.1}: {:.2} \
+             times ({:.2} to {:.2}; at most 2)",
+            floor::middle(&mut ratios),
+            ratios[0],
+            ratios[ROUNDS - 1]
+        );
+    }
+}
+
+async fn fetch(socket: &Path, anew: bool) -> Duration {
+    let begun = Instant::now();
+    let mut client = SpiffeWorkloadApiClient::new(channel(socket).await);
+    for _ in 0..STREAMS {
+        if anew {
+            client = SpiffeWorkloadApiClient::new(channel(socket).await);
+        }
+        let mut request = tonic::Request::new(X509svidRequest {});
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+        let mut stream = client.fetch_x509svid(request).await.unwrap().into_inner();
+        assert_eq!(stream.message().await.unwrap().unwrap().svids.len(), 1);
+    }
+    begun.elapsed()
+}
+
+async fn watch_nothing(socket: &Path, anew: bool) -> Duration {
+    let begun = Instant::now();
+    let mut client = HealthClient::new(channel(socket).await);
+    for _ in 0..STREAMS {
+        if anew {
+            client = HealthClient::new(channel(socket).await);
+        }
+        let mut stream = client.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+        assert!(stream.message().await.unwrap().is_none());
+    }
+    begun.elapsed()
+}
+
+/// A service that compares the user at the other end and has nothing to say.
+struct Bare {
+    serving: Handle,
+    _folder: tempfile::TempDir,
+    socket: PathBuf,
+}
+
+impl Bare {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("bare.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let serving = runtime.handle().clone();
+        std::thread::spawn(move || {
+            runtime.block_on(async {
+                let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+                let (accepted, incoming) = mpsc::channel(1);
+                tokio::spawn(async move {
+                    while let Ok((stream, _)) = listener.accept().await {
+                        accepted.send(Ok::<_, std::io::Error>(stream)).await.unwrap();
+                    }
+                });
+                let incoming = ReceiverStream::new(incoming);
+                let service = HealthServer::new(Nothing(rustix::process::getuid().as_raw()));
+                tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await
+            })
+        });
+        Self { serving, _folder: folder, socket }
+    }
+}
+
+struct Nothing(u32);
+
+#[tonic::async_trait]
+impl Health for Nothing {
+    type WatchStream = tokio_stream::Empty<Result<HealthCheckResponse, Status>>;
+
+    async fn check(
+        &self,
+        _: tonic::Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn watch(
+        &self,
+        request: tonic::Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let caller = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+        match caller.is_some_and(|caller| caller.uid() == self.0) {
+            true => Ok(Response::new(tokio_stream::empty())),
+            false => Err(Status::permission_denied("")),
+        }
+    }
+}
+
+/// All identities of a node, from nothing, beside as many CSRs with as many at once; the authority on one core, the agent
+/// or the client that it is compared with on the other. Then what an agent that keeps them holds in memory, and what it
+/// does between renewals.
 fn many() {
     let place = Place::new();
-    let mut ratios: Vec<f64> = (0..ROUNDS)
-        .map(|_| {
-            let bare = place.bare();
-            place.obtained().as_secs_f64() / bare.as_secs_f64()
-        })
-        .collect();
-    ratios.sort_by(f64::total_cmp);
-    println!(
-        "{MANY} identities from nothing: {:.2} times {MANY} CSRs ({:.2} to {:.2}; at most 1.1)",
-        ratios[ROUNDS / 2],
-        ratios[0],
-        ratios[ROUNDS - 1]
-    );
+    pin(1);
+    let mut rows: [(&str, Vec<f64>); 3] = [
+        ("with keys that are made and answers that are judged (at most 1.1)", Vec::new()),
+        ("with keys that are made", Vec::new()),
+        ("ready made", Vec::new()),
+    ];
+    for _ in 0..ROUNDS {
+        let bare = [place.plain(true), place.plain(false), place.ready_made()];
+        let obtained = place.obtained();
+        for ((_, ratios), bare) in rows.iter_mut().zip(bare) {
+            ratios.push(obtained.as_secs_f64() / bare.as_secs_f64());
+        }
+    }
+    for (what, mut ratios) in rows {
+        println!(
+            "{MANY} identities from nothing: {:.2} times {MANY} CSRs {what} ({:.2} to {:.2})",
+            floor::middle(&mut ratios),
+            ratios[0],
+            ratios[ROUNDS - 1]
+        );
+    }
     let (memory, idle) = place.kept();
     println!(
         "an agent that keeps {MANY} identities: {:.1} MB (at most 40), {:.3} % of a core between renewals (at most 0.1)",
         memory as f64 / 1e6,
         idle * 100.0
     );
+}
+
+fn pin(core: usize) {
+    let mut set = CpuSet::new();
+    set.set(core);
+    sched_setaffinity(None, &set).unwrap();
 }
 
 /// An authority with accounts, and a token for each.
@@ -139,6 +285,8 @@ impl Place {
         };
         std::fs::write(path("manifests/all.yaml"), (0..MANY).map(account).collect::<String>()).unwrap();
         let mica = || Command::new(env!("CARGO_BIN_EXE_mica"));
+        // Inherited.
+        pin(0);
         let authority = mica()
             .arg("serve")
             .arg(path("manifests"))
@@ -181,13 +329,45 @@ impl Place {
         SpiffeId::parse(&format!("spiffe://cluster.local/ns/many/sa/a{n}")).unwrap()
     }
 
-    fn bare(&self) -> Duration {
-        let target = client::Target {
+    fn target(&self) -> client::Target {
+        client::Target {
             address: self.address.parse().unwrap(),
             roots: TrustBundle::from_pem(&std::fs::read(self.roots()).unwrap()).unwrap(),
             name: None,
             credential: client::Credential::Token(self.token(0)),
-        };
+        }
+    }
+
+    /// By a client that does nothing else.
+    fn plain(&self, judged: bool) -> Duration {
+        let next = Arc::new(AtomicUsize::new(0));
+        let begun = Instant::now();
+        self.runtime.block_on(async {
+            let client = client::Client::connect(self.target()).await.unwrap();
+            let mut lanes = JoinSet::new();
+            for _ in 0..8 {
+                let (client, next) = (client.clone(), next.clone());
+                let tokens: Vec<_> = (0..MANY).map(|n| self.token(n)).collect();
+                lanes.spawn(async move {
+                    while let Some(token) = tokens.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let key = keys::generate(KeyKind::P256).unwrap();
+                        let csr = pem::encode(pem::CSR, &nameless(&key.signing().unwrap()).unwrap());
+                        let wanted = client::Wanted { csr, ..client::Wanted::default() };
+                        let client = client.showing(client::Credential::Token(token.clone()));
+                        let answer = client.create_certificate(&wanted).await.unwrap();
+                        if judged {
+                            Granted::checked(&answer, key.public(), None, clock::now()).unwrap();
+                        }
+                    }
+                });
+            }
+            lanes.join_all().await;
+        });
+        begun.elapsed()
+    }
+
+    fn ready_made(&self) -> Duration {
+        let target = self.target();
         let csr = || {
             let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
             pem::encode(pem::CSR, &nameless(&key).unwrap())
@@ -278,9 +458,15 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-async fn client(socket: &Path) -> SecretDiscoveryServiceClient<Channel> {
-    let remote = Remote::from_shared(format!("unix://{}", socket.display())).unwrap();
-    SecretDiscoveryServiceClient::new(remote.connect().await.unwrap())
+/// CPU time of the thread that serves.
+fn worked(serving: &Handle) -> Duration {
+    let (answer, asked) = std::sync::mpsc::channel();
+    serving.spawn(async move { answer.send(clock::worked()).unwrap() });
+    asked.recv().unwrap()
+}
+
+async fn channel(socket: &Path) -> Channel {
+    Remote::from_shared(format!("unix://{}", socket.display())).unwrap().connect().await.unwrap()
 }
 
 async fn follow(socket: &Path, told: &Barrier) {
@@ -288,8 +474,11 @@ async fn follow(socket: &Path, told: &Barrier) {
     let names = vec!["default".to_owned()];
     let request = DiscoveryRequest { resource_names: names.clone(), ..Default::default() };
     say.send(request).await.unwrap();
-    let mut heard =
-        client(socket).await.stream_secrets(ReceiverStream::new(said)).await.unwrap().into_inner();
+    let mut heard = SecretDiscoveryServiceClient::new(channel(socket).await)
+        .stream_secrets(ReceiverStream::new(said))
+        .await
+        .unwrap()
+        .into_inner();
     while let Some(DiscoveryResponse { version_info, nonce, .. }) = heard.message().await.unwrap() {
         let request = DiscoveryRequest {
             version_info,
@@ -306,7 +495,11 @@ async fn follow_delta(socket: &Path, told: &Barrier) {
     let (say, said) = mpsc::channel(1);
     let resource_names_subscribe = vec!["default".to_owned()];
     say.send(DeltaDiscoveryRequest { resource_names_subscribe, ..Default::default() }).await.unwrap();
-    let mut heard = client(socket).await.delta_secrets(ReceiverStream::new(said)).await.unwrap().into_inner();
+    let mut heard = SecretDiscoveryServiceClient::new(channel(socket).await)
+        .delta_secrets(ReceiverStream::new(said))
+        .await
+        .unwrap()
+        .into_inner();
     while let Some(DeltaDiscoveryResponse { nonce, .. }) = heard.message().await.unwrap() {
         say.send(DeltaDiscoveryRequest { response_nonce: nonce, ..Default::default() }).await.unwrap();
         told.wait().await;
@@ -375,13 +568,6 @@ impl Served {
             renew_at,
             trace: None,
         }));
-    }
-
-    /// CPU time of the thread that serves.
-    fn worked(&self) -> Duration {
-        let (answer, asked) = std::sync::mpsc::channel();
-        self.serving.spawn(async move { answer.send(clock::worked()).unwrap() });
-        asked.recv().unwrap()
     }
 
     fn metric(&self, series: &str) -> u64 {

@@ -121,7 +121,8 @@ pub struct Asker {
     authority: Authority,
     lifetime: Option<Lifetime>,
     kind: KeyKind,
-    /// A connection without a client certificate, for all that is asked with tokens, and the roots that it was made with.
+    /// A connection without a client certificate, for all that is asked with tokens, and the roots, as they are written,
+    /// that it was made with.
     shared: Mutex<Option<(Zeroizing<Vec<u8>>, Client)>>,
     /// Tells this agent's reports from those of others of the same account.
     reporter: String,
@@ -141,7 +142,7 @@ impl Asker {
 
     /// Whether what was typed can be used: the address, and a trust bundle that is there from the start.
     pub fn check(&self) -> Result<(), Error> {
-        self.roots().map(drop)
+        self.target(&self.written_roots()?, Credential::None).map(drop)
     }
 
     /// Makes a key and has it certified.
@@ -278,29 +279,30 @@ impl Asker {
         Err(refused.unwrap_or(Error::NoCredential))
     }
 
-    /// Read for each request, since it may change at any time.
-    fn roots(&self) -> Result<(Zeroizing<Vec<u8>>, TrustBundle), Error> {
-        let path = &self.authority.roots;
-        let text = files::read(path, MAX_ROOTS)?;
-        let roots = TrustBundle::from_pem(&text)
+    /// As they are written: read for each request, since they may change at any time.
+    fn written_roots(&self) -> Result<Zeroizing<Vec<u8>>, files::Error> {
+        files::read(&self.authority.roots, MAX_ROOTS)
+    }
+
+    fn target(&self, roots: &[u8], credential: Credential) -> Result<Target, Error> {
+        let Authority { address, name, roots: path } = self.authority.clone();
+        let roots = TrustBundle::from_pem(roots)
             .map_err(|fault| Error::Bundle { path: path.display().to_string(), fault })?;
-        Ok((text, roots))
+        Ok(Target { address, roots, name, credential })
     }
 
     async fn client(&self, credential: Credential) -> Result<Client, Error> {
-        let (text, roots) = self.roots()?;
-        let Authority { address, name, .. } = self.authority.clone();
+        let roots = self.written_roots()?;
         if !matches!(credential, Credential::Token(_)) {
-            return Ok(Client::connect(Target { address, roots, name, credential }).await?);
+            return Ok(Client::connect(self.target(&roots, credential)?).await?);
         }
         // Held while connecting: many who ask at once share one connection.
         let mut shared = self.shared.lock().await;
         let client = match &*shared {
-            Some((same, client)) if *same == text => client.clone(),
+            Some((same, client)) if *same == roots => client.clone(),
             _ => {
-                let target = Target { address, roots, name, credential: Credential::None };
-                let client = Client::connect(target).await?;
-                *shared = Some((text, client.clone()));
+                let client = Client::connect(self.target(&roots, Credential::None)?).await?;
+                *shared = Some((roots, client.clone()));
                 client
             }
         };

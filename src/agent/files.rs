@@ -23,14 +23,18 @@ use crate::sys::dir::Access;
 use crate::sys::process::{self, Signal};
 use crate::trace::Span;
 
-/// Damage is repaired this late.
+/// Damage is noticed this late,
 const LOOK: Duration = Duration::from_secs(3);
+/// and where there are many folders later, so that looking at one takes a small part of this time.
+const LOOK_AT_EACH: Duration = Duration::from_millis(25);
 /// Readers of the set before have this long to read what they have opened.
 const READERS: Duration = Duration::from_secs(1);
 
 /// How files are written, and who is told.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// How many folders there are.
+    pub folders: u32,
     /// Of the files.
     pub access: Access,
     /// What chain, key and trust bundle are called, if not as Istio calls them.
@@ -106,7 +110,10 @@ impl Folder {
         let consumer = agent.holders.join(&id);
         let (mut svid, mut bundles) = (agent.held.pin(&id), agent.held.bundles());
         let mut written: Option<CertificateSet> = None;
+        // Of the folder when it was last found to hold what was written.
+        let mut stamp: Option<u64> = None;
         let mut failures = 0;
+        let look = LOOK.max(LOOK_AT_EACH.saturating_mul(self.options.folders));
         loop {
             let wanted = {
                 let (svid, bundles) = (svid.borrow_and_update(), bundles.borrow_and_update());
@@ -117,13 +124,18 @@ impl Folder {
                     _ => None,
                 }
             };
-            let mut next = Instant::now() + LOOK;
+            let mut next = Instant::now() + look;
             if let Some((wanted, svid, bundles)) = wanted {
+                let before = self.single.stamp();
                 let was_awaited = written.as_ref().is_none_or(|set| set.chain_pem != wanted.chain_pem);
                 let span = || agent.delivery(&svid, was_awaited);
                 match self.write(&wanted, &bundles, &consumer, written.as_ref(), span).await {
-                    Ok(()) => (written, failures) = (Some(wanted), 0),
+                    Ok(was_there) => {
+                        (written, failures) = (Some(wanted), 0);
+                        stamp = before.filter(|_| was_there);
+                    }
                     Err(fault) => {
+                        stamp = None;
                         failures += 1;
                         let wait = retry_after(failures, None, 0);
                         tracing::error!(folder = %self.path.display(), %fault, "the files cannot be written");
@@ -132,15 +144,27 @@ impl Folder {
                     }
                 }
             }
-            tokio::select! {
-                changed = svid.changed() => if changed.is_err() { return },
-                changed = bundles.changed() => if changed.is_err() { return },
-                () = sleep_until(next) => {}
+            loop {
+                tokio::select! {
+                    changed = svid.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    changed = bundles.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    () = sleep_until(next) => {}
+                }
+                if stamp.is_none() || self.single.stamp() != stamp {
+                    break;
+                }
+                next = Instant::now() + look;
             }
         }
     }
 
-    /// Writes a set, unless it is there.
+    /// Writes a set, unless it is there: then the answer is true.
     async fn write(
         &mut self,
         wanted: &CertificateSet,
@@ -148,7 +172,7 @@ impl Folder {
         consumer: &Consumer,
         written: Option<&CertificateSet>,
         span: impl FnOnce() -> Span,
-    ) -> Result<(), sink::Error> {
+    ) -> Result<bool, sink::Error> {
         if !self.single.is_in_its_place() {
             self.single = Single::open(&self.path, self.options.access, self.options.names.clone())?;
         }
@@ -159,7 +183,7 @@ impl Folder {
             Found::Set(found) => Some(found.loose.unwrap_or_else(|| "others have changed it".to_owned())),
             _ => Some("it was gone".to_owned()),
         };
-        let Some(why) = why else { return Ok(()) };
+        let Some(why) = why else { return Ok(true) };
         let mut span = span();
         span.set("mica.folder", self.path.display());
         self.single.publish(wanted).inspect_err(|_| span.fail("file"))?;
@@ -174,7 +198,7 @@ impl Folder {
         }
         drop(span);
         tokio::time::sleep(READERS).await;
-        self.single.tidy()
+        self.single.tidy().map(|()| false)
     }
 }
 

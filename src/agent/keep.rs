@@ -128,21 +128,25 @@ impl Keeper {
 
     /// Sends what can be sent, and says how long nothing else is due.
     fn ask_for_what_is_due(&mut self) -> Duration {
+        let places = AT_ONCE.saturating_sub(self.tasks.len());
+        // Whatever ends first makes room, and wakes the loop.
+        if places == 0 {
+            return LOOK;
+        }
         let now = clock::both();
         let mut wait = LOOK;
-        let mut due: Vec<(Due, Key)> = Vec::new();
-        for (key, entry) in &self.entries {
+        let mut due: Vec<(Due, &Key)> = Vec::new();
+        for (key, entry) in self.entries.iter().filter(|(_, entry)| entry.asked.is_none()) {
             match entry.left(now) {
-                _ if entry.asked.is_some() => {}
-                Duration::ZERO => due.push((entry.due, key.clone())),
+                Duration::ZERO => due.push((entry.due, key)),
                 left => wait = wait.min(left),
             }
         }
-        let places = AT_ONCE.saturating_sub(self.tasks.len());
         if due.len() > places {
-            due.sort();
+            due.select_nth_unstable(places);
         }
-        for (_, key) in due.into_iter().take(places) {
+        let due: Vec<Key> = due.into_iter().take(places).map(|(_, key)| key.clone()).collect();
+        for key in due {
             self.ask(key);
         }
         wait
@@ -239,17 +243,16 @@ impl Keeper {
     /// The roots that came with a certificate. What else is known of other trust domains stays.
     fn take_own_bundle(&self, domain: &TrustDomain, x509: TrustBundle) {
         let held = self.agent.held.bundles().borrow().clone();
-        let bundles = match held.as_deref() {
-            Some(held) if held.own == *domain => {
+        let bundles = match held.as_deref().filter(|held| held.own == *domain) {
+            Some(held) if held.roots().is_some_and(|known| known.same_roots(&x509)) => return,
+            Some(held) => {
                 let mut bundles = held.clone();
                 let authorities =
                     bundles.domains.entry(domain.clone()).or_insert(Authorities { x509: None, jwt: None });
-                if authorities.x509.as_ref().is_none_or(|known| !known.same_roots(&x509)) {
-                    authorities.x509 = Some(x509);
-                }
+                authorities.x509 = Some(x509);
                 bundles
             }
-            _ => Bundles::new(domain.clone(), x509),
+            None => Bundles::new(domain.clone(), x509),
         };
         self.agent.held.put_bundles(bundles);
     }
@@ -325,6 +328,7 @@ async fn try_obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, span: &Span
     let known = agent.held.bundles().borrow().clone();
     if agent.bundles_live.load(Ordering::Relaxed)
         && let Some(roots) = known.as_deref().and_then(Bundles::roots)
+        && !roots.same_roots(&bundle)
     {
         granted::accepted_by(&svid.chain, &svid.id, roots, clock::now())
             .map_err(|fault| Error::Answer { address: agent.asker.address(), fault })?;

@@ -84,8 +84,10 @@ async fn start(args: Args) -> Result<(), Error> {
     };
     let socket = socket.map(bind_socket).transpose()?;
     let mut folders = Vec::new();
-    for (id, path) in folders_of(&args, workloads.as_deref())? {
-        let folder = Folder::open(path, files(&args, names.clone())).map_err(usage)?;
+    let paths = folders_of(&args, workloads.as_deref())?;
+    let count = u32::try_from(paths.len()).unwrap_or(u32::MAX);
+    for (id, path) in paths {
+        let folder = Folder::open(path, files(&args, names.clone(), count)).map_err(usage)?;
         let taken = folder.take_over(&agent, id.as_ref().or(args.identity.as_ref()));
         if let (None, Some(own)) = (&id, taken) {
             agent.is(&own);
@@ -221,7 +223,7 @@ fn readiness(agent: Arc<Agent>, for_a_node: bool) -> admin::Ready {
     })
 }
 
-fn files(args: &Args, names: [String; 3]) -> Options {
+fn files(args: &Args, names: [String; 3], folders: u32) -> Options {
     let access = Access {
         mode: args.files_mode,
         owner: Some(args.files_owner.unwrap_or(dir::our_user())),
@@ -232,5 +234,5 @@ fn files(args: &Args, names: [String; 3]) -> Options {
         ([], ..) => None,
         (words, ..) => Some(Told::Program(words.to_vec())),
     };
-    Options { access, names: Some(names), told }
+    Options { folders, access, names: Some(names), told }
 }

@@ -356,7 +356,8 @@ impl Wanted {
 /// A connection to a running Mica, made anew when it breaks. Clones share it.
 #[derive(Clone)]
 pub struct Client {
-    target: Arc<Target>,
+    address: Arc<str>,
+    credential: Credential,
     channel: Channel,
 }
 
@@ -384,7 +385,7 @@ impl Client {
                 fault: innermost(&fault),
             })
         })?;
-        Ok(Self { target: Arc::new(target), channel })
+        Ok(Self { address: address.into(), credential: target.credential, channel })
     }
 
     /// Asks for a certificate: the answer is the leaf, its intermediates and the trust bundle, as they came.
@@ -409,12 +410,12 @@ impl Client {
     /// The same connection, which shows no certificate, for requests that show another token.
     #[must_use]
     pub fn showing(&self, credential: Credential) -> Self {
-        Self { target: Arc::new(Target { credential, ..Target::clone(&self.target) }), ..self.clone() }
+        Self { credential, ..self.clone() }
     }
 
     /// What it shows.
     pub fn credential(&self) -> &Credential {
-        &self.target.credential
+        &self.credential
     }
 
     /// For the clients that are generated from the protocols.
@@ -425,7 +426,7 @@ impl Client {
     /// A request that shows the token, if there is one.
     pub fn request<T>(&self, message: T) -> Result<tonic::Request<T>, Error> {
         let mut request = tonic::Request::new(message);
-        if let Credential::Token(path) = &self.target.credential {
+        if let Credential::Token(path) = &self.credential {
             request.metadata_mut().insert("authorization", bearer(path)?);
         }
         Ok(request)
@@ -442,7 +443,7 @@ impl Client {
 
     /// What a status means: what the server said, or what happened on the way to it.
     pub fn fault(&self, status: &Status) -> Error {
-        let address = self.target.address.to_string();
+        let address = self.address.to_string();
         if let Some(own) = own(status) {
             return own;
         }

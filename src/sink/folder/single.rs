@@ -47,6 +47,13 @@ impl Single {
         })
     }
 
+    /// What the folder looks like without its files being read: another number after any change to it, and none if
+    /// its path leads elsewhere.
+    pub fn stamp(&self) -> Option<u64> {
+        let (look, _) = volume::look_at(&self.dir, self.shape.names)?;
+        self.dir.is_in_its_place().then_some(look.stamp)
+    }
+
     /// Puts a set in the place of what is there.
     pub fn publish(&self, set: &CertificateSet) -> Result<(), Error> {
         if let Some(before) = self.plain()? {

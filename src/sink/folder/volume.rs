@@ -135,18 +135,22 @@ pub(super) fn look(parent: &Dir, name: &str, names: Names) -> (Look, Option<Dir>
     let Ok(folder) = parent.subdir_to_look(name) else {
         return (Look::of_foreign(parent, name), None, None);
     };
-    let Ok(stat) = folder.stat_self() else {
-        return (Look::of_foreign(parent, name), Some(folder), None);
-    };
-    let current = target(&folder).ok().flatten().and_then(|target| folder.subdir_to_look(&target).ok());
-    let Some(current) = current else {
-        return (Look::new(&stat, None), Some(folder), None);
-    };
-    let Ok(current_stat) = current.stat_self() else {
-        return (Look::new(&stat, None), Some(folder), None);
+    match look_at(&folder, names) {
+        Some((look, current)) => (look, Some(folder), current),
+        None => (Look::of_foreign(parent, name), Some(folder), None),
+    }
+}
+
+/// The same of a folder that is open, with a handle to the current set's.
+pub(super) fn look_at(folder: &Dir, names: Names) -> Option<(Look, Option<Dir>)> {
+    let stat = folder.stat_self().ok()?;
+    let current = target(folder).ok().flatten().and_then(|target| folder.subdir_to_look(&target).ok());
+    let Some((current, current_stat)) = current.and_then(|dir| dir.stat_self().ok().map(|stat| (dir, stat)))
+    else {
+        return Some((Look::new(&stat, None), None));
     };
     let files = names.map(|file| current.find(file).ok().flatten());
-    (Look::new(&stat, Some((&current_stat, &files))), Some(folder), Some(current))
+    Some((Look::new(&stat, Some((&current_stat, &files))), Some(current)))
 }
 
 /// Removes what is left of earlier sets.

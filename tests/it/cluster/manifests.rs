@@ -220,7 +220,7 @@ fn one_namespace_needs_no_right_to_the_secrets_of_others() {
 }
 
 pub(super) fn denied(plane: &ControlPlane) -> Vec<Value> {
-    plane.audit().into_iter().filter(|event| event["responseStatus"]["code"] == 403).collect()
+    plane.audit(MICA).into_iter().filter(|event| event["responseStatus"]["code"] == 403).collect()
 }
 
 #[test]
@@ -650,7 +650,7 @@ fn with_these_rules_mica_does_its_whole_job_uses_every_one_and_says_which_it_lac
     // Not asked by a request of its own, but by the API server when a bundle is written.
     granted.retain(|grant| grant.resource != "signers");
     let unused = || -> Vec<Grant> {
-        let events = plane.audit();
+        let events = plane.audit(MICA);
         granted.iter().filter(|grant| !events.iter().any(|event| grant.is_used_by(event))).cloned().collect()
     };
     let begun = std::time::Instant::now();
