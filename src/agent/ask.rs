@@ -8,10 +8,11 @@ use tonic::{Code, Streaming};
 use zeroize::Zeroizing;
 
 use super::held::Svid;
-use crate::client::{self, Address, Client, Credential, Target, Wanted};
+use crate::client::{self, Address, Client, Credential, MAX_TOKEN, Target, Wanted};
 use crate::core::bundle::{self, TrustBundle};
+use crate::core::certificate::Certificate;
 use crate::core::csr::{self, nameless};
-use crate::core::granted::{self, Granted};
+use crate::core::granted::{self, Claim, Granted};
 use crate::core::key::{self, KeyKind};
 use crate::core::lifetime::Lifetime;
 use crate::core::pem;
@@ -165,17 +166,20 @@ impl Asker {
         let ask = |client: Client| {
             let mut wanted = wanted.clone();
             let mut call = self.call(span, "istio.v1.auth.IstioCertificateService", "CreateCertificate");
+            // Where it is not known whom the answer has to be of, what is shown says it.
+            let claim = wish.id.is_none().then(|| claim_of(client.credential())).flatten();
             async move {
                 wanted.trace = call.context();
                 let answer = client.create_certificate(&wanted).await;
                 answered(&mut call, answer.as_ref().err());
-                answer
+                Ok((answer?, claim))
             }
         };
-        let answer = self.with(wish, held, ask).await?;
+        let (answer, claim) = self.with(wish, held, ask).await?;
         let _part = span.part("judge");
         let now = clock::now();
         let granted = Granted::checked(&answer, key.public(), wish.id.as_ref(), now)
+            .and_then(|granted| claim.map_or(Ok(()), |claim| granted.is_of(&claim)).map(|()| granted))
             .map_err(|fault| Error::Answer { address: self.address(), fault })?;
         let leaf = &granted.chain[0];
         let renew_at = renew_at(leaf.validity, &leaf.serial);
@@ -316,6 +320,22 @@ impl Followed {
     /// All bundles, anew; none when the authority has ended the stream.
     pub async fn next(&mut self) -> Result<Option<WatchBundlesResponse>, Error> {
         Ok(self.stream.message().await.map_err(|status| self.client.fault(&status))?)
+    }
+}
+
+/// Of whom a credential is, if that can be told.
+fn claim_of(credential: &Credential) -> Option<Claim> {
+    match credential {
+        Credential::None => None,
+        Credential::Token(path) => {
+            let text = files::read_given(path, MAX_TOKEN).ok()?;
+            Claim::of_token(std::str::from_utf8(text.trim_ascii()).ok()?)
+        }
+        Credential::Certificate(folder) => {
+            let text = files::read(&folder.join("cert-chain.pem"), MAX_ROOTS).ok()?;
+            Claim::of_certificate(Certificate::all_from_pem(&text).ok()?.first()?)
+        }
+        Credential::Held(chain, _) => Claim::of_certificate(chain.first()?),
     }
 }
 

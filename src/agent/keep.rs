@@ -22,7 +22,7 @@ use crate::core::bundle::TrustBundle;
 use crate::core::certificate::Certificate;
 use crate::core::inspect::one_line;
 use crate::core::lifetime::shown;
-use crate::core::rotation::retry_after;
+use crate::core::rotation::{Due, Now, renew_from, retry_after};
 use crate::core::spiffe::{SpiffeId, TrustDomain};
 use crate::core::{chain, granted};
 use crate::proto::mica::v1::{Bundle, WatchBundlesResponse};
@@ -81,13 +81,28 @@ type Outcome = Result<(Svid, TrustBundle), Error>;
 /// One identity that is kept.
 struct Entry {
     /// When it is asked for next.
-    due: OffsetDateTime,
+    due: Due,
     failures: u32,
     /// The request that is under way.
     asked: Option<task::Id>,
     svid: Option<Arc<Svid>>,
     /// From when it was wanted, or was due, until there is a certificate.
     span: Option<Span>,
+}
+
+impl Entry {
+    /// How long nothing is to be asked.
+    fn left(&self, now: Now) -> Duration {
+        match self.failures == 0 && self.is_early(now) {
+            true => Duration::ZERO,
+            false => self.due.left(now),
+        }
+    }
+
+    /// Whether what is held is not valid yet, since the clock was set back: whoever goes by this clock refuses it.
+    fn is_early(&self, now: Now) -> bool {
+        self.svid.as_ref().is_some_and(|svid| svid.chain[0].validity.not_before > now.wall)
+    }
 }
 
 struct Keeper {
@@ -102,8 +117,8 @@ struct Keeper {
 impl Keeper {
     fn begin(&mut self, key: Key) {
         let svid = key.as_ref().and_then(|id| self.agent.held.current(id)).flatten();
-        let now = clock::now();
-        let due = svid.as_ref().map_or(now, |svid| svid.renew_at);
+        let now = clock::both();
+        let due = Due::at(svid.as_ref().map_or(now.wall, |svid| svid.renew_at), now);
         let tracer = &self.agent.tracer;
         self.entries.entry(key).or_insert_with(|| {
             let span = svid.is_none().then(|| begun(tracer, "new"));
@@ -118,13 +133,13 @@ impl Keeper {
         if places == 0 {
             return LOOK;
         }
-        let now = clock::now();
+        let now = clock::both();
         let mut wait = LOOK;
-        let mut due: Vec<(OffsetDateTime, &Key)> = Vec::new();
+        let mut due: Vec<(Due, &Key)> = Vec::new();
         for (key, entry) in self.entries.iter().filter(|(_, entry)| entry.asked.is_none()) {
-            match (entry.due - now).try_into() {
-                Ok(left) if left > Duration::ZERO => wait = wait.min(left),
-                _ => due.push((entry.due, key)),
+            match entry.left(now) {
+                Duration::ZERO => due.push((entry.due, key)),
+                left => wait = wait.min(left),
             }
         }
         if due.len() > places {
@@ -149,6 +164,9 @@ impl Keeper {
             None => self.agent.own_wish(),
         };
         let Some(entry) = self.entries.get_mut(&key) else { return };
+        if entry.failures == 0 && entry.is_early(clock::both()) {
+            tracing::warn!(identity = ?key, "the clock was set back: the certificate is not valid yet, and is renewed at once");
+        }
         let span = entry.span.get_or_insert_with(|| begun(&self.agent.tracer, "renewal")).part("obtain");
         let (agent, held) = (self.agent.clone(), entry.svid.clone());
         let task = self.tasks.spawn(async move {
@@ -165,21 +183,21 @@ impl Keeper {
         if let Some(entry) = self.entries.values_mut().find(|entry| entry.asked == Some(fault.id())) {
             entry.asked = None;
             entry.failures = entry.failures.saturating_add(1);
-            entry.due = clock::now() + retry_after(entry.failures, None, draw());
+            entry.due = Due::after(retry_after(entry.failures, None, draw()), clock::both());
         }
     }
 
     fn settle(&mut self, key: Key, outcome: Outcome) {
-        let now = clock::now();
+        let now = clock::both();
         let Some(mut entry) = self.entries.remove(&key) else { return };
         entry.asked = None;
         let (mut svid, bundle) = match outcome {
             Ok(got) => got,
             Err(error) => {
                 entry.failures = entry.failures.saturating_add(1);
-                let left = entry.svid.as_ref().and_then(|svid| (svid.not_after() - now).try_into().ok());
+                let left = entry.svid.as_ref().and_then(|svid| (svid.not_after() - now.wall).try_into().ok());
                 let wait = retry_after(entry.failures, left, draw());
-                entry.due = now + wait;
+                entry.due = Due::after(wait, now);
                 let identity = key.as_ref().map_or("the agent's own", SpiffeId::as_str);
                 let held_for = left.map_or(0, |left| left.as_secs());
                 tracing::warn!(
@@ -198,9 +216,10 @@ impl Keeper {
             span.set("mica.identity", &svid.id);
             svid.trace = span.context();
         }
+        svid.renew_at = renew_from(svid.renew_at, svid.not_after(), now.wall);
         let svid = Arc::new(svid);
         entry.failures = 0;
-        entry.due = svid.renew_at;
+        entry.due = Due::at(svid.renew_at, now);
         entry.svid = Some(svid.clone());
         let leaf = &svid.chain[0];
         tracing::info!(
@@ -242,34 +261,37 @@ impl Keeper {
     fn judge_again(&mut self) {
         let Some(bundles) = self.agent.held.bundles().borrow().clone() else { return };
         let Some(roots) = bundles.roots() else { return };
-        let now = clock::now();
+        let now = clock::both();
         for (key, entry) in &mut self.entries {
             let Some(svid) = &entry.svid else { continue };
-            let refused = chain::verify(&svid.chain, roots, Some(&svid.id), now).is_err();
-            if refused && entry.failures == 0 && entry.due > now && svid.not_after() > now {
+            let refused = chain::verify(&svid.chain, roots, Some(&svid.id), now.wall).is_err();
+            if refused && entry.failures == 0 && !entry.left(now).is_zero() && svid.not_after() > now.wall {
                 tracing::warn!(identity = ?key, "the roots have changed: the certificate is renewed at once");
-                entry.due = now;
+                entry.due = Due::after(Duration::ZERO, now);
             }
         }
     }
 
     fn hurry(&mut self, issued_before: Option<OffsetDateTime>) {
         let Some(before) = issued_before else { return };
-        let now = clock::now();
+        let now = clock::both();
         for entry in self.entries.values_mut() {
             let Some(svid) = &entry.svid else { continue };
             if svid.chain[0].validity.issued_at() < before {
-                let left = (svid.not_after() - now).try_into().unwrap_or(Duration::ZERO);
+                let left = (svid.not_after() - now.wall).try_into().unwrap_or(Duration::ZERO);
                 let within = SPREAD.min(left / 4).as_secs_f64();
                 #[expect(clippy::cast_precision_loss, reason = "a random moment needs no precision")]
                 let fraction = draw() as f64 / u64::MAX as f64;
-                entry.due = entry.due.min(now + Duration::from_secs_f64(within * fraction));
+                let within = Duration::from_secs_f64(within * fraction);
+                if within < entry.due.left(now) {
+                    entry.due = Due::after(within, now);
+                }
             }
         }
     }
 
     fn try_failed_now(&mut self) {
-        let now = clock::now();
+        let now = Due::after(Duration::ZERO, clock::both());
         for entry in self.entries.values_mut().filter(|entry| entry.failures > 0 && entry.asked.is_none()) {
             (entry.due, entry.failures) = (now, 1);
         }

@@ -16,6 +16,7 @@ use crate::attest::{Attestor, OfPods, OwnUser, WorkloadsFile};
 use crate::cluster::{Cluster, NodePods};
 use crate::config::agent::{Args, SOCKET};
 use crate::core::inspect::distance;
+use crate::core::lifetime::shown;
 use crate::core::spiffe::{ServiceAccount, SpiffeId};
 use crate::endpoint::{self, Endpoint, sds};
 use crate::sys::dir::{self, Access};
@@ -208,6 +209,13 @@ fn readiness(agent: Arc<Agent>, for_a_node: bool) -> admin::Ready {
                 return Err(format!(
                     "the certificate of {id} expired {} ago; the log says why",
                     distance(-left)
+                ));
+            }
+            let begins = svid.chain[0].validity.not_before;
+            if begins > now {
+                return Err(format!(
+                    "the certificate of {id} is not valid before {}; check the clock",
+                    shown(begins)
                 ));
             }
         }

@@ -43,7 +43,7 @@ const ANSWER: Duration = Duration::from_secs(35);
 /// Of error details.
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
 /// Bound tokens of Kubernetes have about a thousand bytes; Mica's port takes headers up to 16 KiB.
-const MAX_TOKEN: u64 = 12 * 1024;
+pub const MAX_TOKEN: u64 = 12 * 1024;
 
 /// Why there is no answer, or not the wanted one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -411,6 +411,11 @@ impl Client {
     #[must_use]
     pub fn showing(&self, credential: Credential) -> Self {
         Self { credential, ..self.clone() }
+    }
+
+    /// What it shows.
+    pub fn credential(&self) -> &Credential {
+        &self.credential
     }
 
     /// For the clients that are generated from the protocols.

@@ -1,12 +1,15 @@
 //! The answer to a CSR, judged as the strictest of its readers and its peers would.
 
+use std::fmt;
+
 use time::OffsetDateTime;
 
 use super::bundle::{self, TrustBundle};
 use super::certificate::{self, Certificate};
 use super::chain;
 use super::key::PublicKey;
-use super::spiffe::SpiffeId;
+use super::spiffe::{ServiceAccount, SpiffeId};
+use super::token::Token;
 
 /// Why an answer is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +45,44 @@ pub enum Error {
     /// What peers would refuse that know more than the authority has told.
     #[error("its chain leads to none of the roots that peers hold: {}", shown(.0))]
     Unknown(Vec<chain::Fault>),
+    /// Somebody else's than the credential.
+    #[error("the certificate names {found}, and what was shown for it is {claim}")]
+    Stranger {
+        /// Whom the leaf names.
+        found: SpiffeId,
+        /// Of whom the credential is.
+        claim: Claim,
+    },
+}
+
+/// Of whom a credential is by its own word, which proves nothing and has to be that of the answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// A service account, of whatever trust domain.
+    Token(ServiceAccount),
+    /// This very identity.
+    Certificate(SpiffeId),
+}
+
+impl Claim {
+    /// Of a token; none if it is not of a service account.
+    pub fn of_token(text: &str) -> Option<Self> {
+        Token::read(text).ok()?.claimed_account().ok().map(Self::Token)
+    }
+
+    /// Of a certificate; none if that is no SVID.
+    pub fn of_certificate(leaf: &Certificate) -> Option<Self> {
+        leaf.spiffe_id().ok().map(Self::Certificate)
+    }
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Token(account) => write!(f, "a token of the service account {account}"),
+            Self::Certificate(id) => write!(f, "a certificate of {id}"),
+        }
+    }
 }
 
 /// An answer that is what it should be.
@@ -80,6 +121,18 @@ impl Granted {
         }
         let id = chain::verify(&chain, &bundle, expected, now).map_err(Error::Chain)?;
         Ok(Self { chain, bundle, id })
+    }
+
+    /// Whether it is of whom the credential is that was shown for it.
+    pub fn is_of(&self, claim: &Claim) -> Result<(), Error> {
+        let same = match claim {
+            Claim::Token(account) => ServiceAccount::of(&self.id).as_ref() == Some(account),
+            Claim::Certificate(id) => self.id == *id,
+        };
+        match same {
+            true => Ok(()),
+            false => Err(Error::Stranger { found: self.id.clone(), claim: claim.clone() }),
+        }
     }
 
     /// The leaf and its intermediates.
@@ -172,6 +225,48 @@ mod tests {
         assert!(chain(&[web.clone(), roots.clone()], NOW - time::Duration::hours(2)), "not yet valid");
         let theirs = keys::generate(KeyKind::P256).unwrap();
         assert_eq!(judged(&[leaf(&ours, &theirs, "web"), roots.clone()], NOW), Err(Error::OtherKey));
+    }
+
+    #[test]
+    fn an_answer_is_of_whom_the_credential_is() {
+        let ours = authority();
+        let key = keys::generate(KeyKind::P256).unwrap();
+        let answer = [leaf(&ours, &key, "web"), ours.bundle().pem().to_string()];
+        let granted = Granted::checked(&answer, key.public(), None, NOW).unwrap();
+        let account = |namespace, name| Claim::Token(ServiceAccount::new(namespace, name).unwrap());
+        assert_eq!(granted.is_of(&account("shop", "web")), Ok(()));
+        assert_eq!(granted.is_of(&Claim::Certificate(id("web"))), Ok(()));
+        let elsewhere = SpiffeId::parse("spiffe://example.org/ns/shop/sa/web").unwrap();
+        for other in [
+            account("shop", "db"),
+            account("web", "shop"),
+            Claim::Certificate(id("db")),
+            Claim::Certificate(elsewhere),
+        ] {
+            assert!(matches!(granted.is_of(&other), Err(Error::Stranger { .. })), "{other}");
+        }
+    }
+
+    #[test]
+    fn tokens_of_service_accounts_claim_one_and_others_nobody() {
+        let token = |claims: &str| {
+            let encoded = super::super::jwt_svid::encoded;
+            Claim::of_token(&format!("{}.{}.eA", encoded(r#"{"alg":"ES256"}"#), encoded(claims)))
+        };
+        let web = Claim::Token(ServiceAccount::new("shop", "web").unwrap());
+        assert_eq!(token(r#"{"sub":"system:serviceaccount:shop:web"}"#), Some(web));
+        for other in [
+            r#"{"sub":"repo:example/shop"}"#,
+            r#"{"sub":"system:serviceaccount:shop"}"#,
+            r#"{"sub":"system:serviceaccount:shop:web:x"}"#,
+            r#"{"sub":"system:node:a"}"#,
+            r#"{"sub":7}"#,
+            "{}",
+            "",
+        ] {
+            assert_eq!(token(other), None, "{other}");
+        }
+        assert_eq!(Claim::of_token("opaque"), None);
     }
 
     /// The authority has gone over to a root that peers do not hold yet.

@@ -15,6 +15,53 @@ pub fn renew_at(validity: Validity, serial: &[u8]) -> OffsetDateTime {
     issued + lifetime / 2 + scaled(lifetime / 4, draw(serial))
 }
 
+/// When a certificate that has just come is renewed: at `renew_at`, and not before half of what is left of it is over.
+/// So whoever's clock is ahead of the issuer's, by which most of it is always over, does not ask without end.
+pub fn renew_from(
+    renew_at: OffsetDateTime,
+    not_after: OffsetDateTime,
+    now: OffsetDateTime,
+) -> OffsetDateTime {
+    let left: Duration = (not_after - now).try_into().unwrap_or_default();
+    renew_at.max(now + (left / 2).max(Duration::from_secs(1)))
+}
+
+/// Now, by the clock on the wall, which may be set, and by the time that passes.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// What certificates go by.
+    pub wall: OffsetDateTime,
+    /// Since some moment that is always the same.
+    pub passed: Duration,
+}
+
+/// When something is due: as soon as either says so. A clock that was set forward brings it nearer, and one that was set
+/// back does not put it off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Due {
+    wall: OffsetDateTime,
+    passed: Duration,
+}
+
+impl Due {
+    /// At a time of the wall's clock.
+    pub fn at(wall: OffsetDateTime, now: Now) -> Self {
+        let left: Duration = (wall - now.wall).try_into().unwrap_or_default();
+        Self { wall, passed: now.passed + left }
+    }
+
+    /// After a while.
+    pub fn after(wait: Duration, now: Now) -> Self {
+        Self { wall: now.wall + wait, passed: now.passed + wait }
+    }
+
+    /// How long it is until then; nothing when it is due.
+    pub fn left(self, now: Now) -> Duration {
+        let wall = (self.wall - now.wall).try_into().unwrap_or_default();
+        self.passed.saturating_sub(now.passed).min(wall)
+    }
+}
+
 /// How long to wait after a number of failures in a row: from half a second, doubled each time up to a minute, and less
 /// by up to a half, which `fraction` of 2^64 says. Never longer than half of what is left of a certificate that still
 /// is good, so that tries come closer together towards its end and none of them comes after it.
@@ -53,6 +100,39 @@ mod tests {
         assert_eq!(renew_at(validity, &[0; 16]), now + Duration::from_secs(43_200));
         let last = renew_at(validity, &[0xff; 16]);
         assert!(last > now + Duration::from_secs(64_799) && last < now + Duration::from_secs(64_800));
+    }
+
+    #[test]
+    fn what_comes_with_most_of_it_over_is_not_renewed_at_once() {
+        let now = datetime!(2026-01-02 03:04:05 UTC);
+        let minutes = |n: i64| now + time::Duration::minutes(n);
+        assert_eq!(renew_from(minutes(35), minutes(60), now), minutes(35));
+        // The issuer's clock is fifty minutes behind.
+        assert_eq!(renew_from(minutes(-15), minutes(10), now), minutes(5));
+        assert_eq!(renew_from(minutes(-15), now, now), now + Duration::from_secs(1));
+        assert_eq!(renew_from(minutes(-15), minutes(-1), now), now + Duration::from_secs(1));
+    }
+
+    #[test]
+    fn what_is_due_is_due_by_either_clock() {
+        let wall = datetime!(2026-01-02 03:04:05 UTC);
+        let hour = Duration::from_secs(3_600);
+        let at = |shown: i64, passed: u32| Now {
+            wall: wall + time::Duration::hours(shown),
+            passed: hour * (7 + passed),
+        };
+        let now = at(0, 0);
+        for due in [Due::at(wall + hour * 2, now), Due::after(hour * 2, now)] {
+            assert_eq!(due.left(now), hour * 2);
+            assert_eq!(due.left(at(1, 1)), hour);
+            assert_eq!(due.left(at(2, 2)), Duration::ZERO);
+            // Set forward.
+            assert_eq!(due.left(at(3, 1)), Duration::ZERO);
+            // Set back.
+            assert_eq!(due.left(at(-100, 1)), hour);
+            assert_eq!(due.left(at(-100, 2)), Duration::ZERO);
+        }
+        assert_eq!(Due::at(wall - hour, now).left(now), Duration::ZERO);
     }
 
     #[test]

@@ -2,18 +2,28 @@
 
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use time::OffsetDateTime;
+
+use crate::core::rotation::Now;
 
 /// The time now, in UTC.
 pub fn now() -> OffsetDateTime {
     OffsetDateTime::now_utc()
 }
 
+/// The time now, by both clocks. What passes while the machine sleeps counts.
+pub fn both() -> Now {
+    Now { wall: now(), passed: duration(clock_gettime(ClockId::Boottime)) }
+}
+
 /// How long this thread has worked in all, waiting not counted.
 pub fn worked() -> Duration {
-    let spent = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(spent.tv_sec.unsigned_abs(), u32::try_from(spent.tv_nsec).unwrap_or(0))
+    duration(clock_gettime(ClockId::ThreadCPUTime))
+}
+
+fn duration(time: Timespec) -> Duration {
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -24,6 +24,12 @@ pub(crate) fn go_spiffe() -> PathBuf {
     find("go-spiffe")
 }
 
+/// One of go-spiffe's own examples, such as `spiffe-tls/client`.
+pub(crate) fn go_spiffe_example(name: &str) -> PathBuf {
+    let first = find("go-spiffe-examples");
+    first.ancestors().nth(2).unwrap().join(name)
+}
+
 /// The program in `tests/parts/py-spiffe`; its head says what it does.
 pub(crate) fn py_spiffe() -> PathBuf {
     find("py-spiffe")

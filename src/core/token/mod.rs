@@ -230,6 +230,11 @@ impl<'a> Token<'a> {
         text(&self.claims, "sub", "sub")?.ok_or(Fault::Missing("sub"))
     }
 
+    /// Of which service account it is, as it says itself: good for nothing but being held against an answer to it.
+    pub fn claimed_account(&self) -> Result<ServiceAccount, Fault> {
+        account(self.claimed_subject()?)
+    }
+
     /// Who issued it, as it says itself: good for nothing but choosing the keys that it is then verified with.
     pub fn issuer(&self) -> Result<&str, Fault> {
         text(&self.claims, "iss", "iss")?.ok_or(Fault::Missing("iss"))
@@ -290,13 +295,10 @@ impl Claims {
     /// Reads the token as one of a Kubernetes service account.
     pub fn service_account(&self) -> Result<Subject, Fault> {
         let sub = self.subject()?;
-        let (namespace, name) = sub
-            .strip_prefix("system:serviceaccount:")
-            .and_then(|names| names.split_once(':'))
-            .filter(|(_, name)| !name.contains(':'))
-            .ok_or_else(|| Fault::Subject(cut(sub)))?;
-        let account = ServiceAccount::new(namespace, name)?;
-        let mut subject = Subject { account, bound: Bound::default(), bound_elsewhere: None };
+        let account = account(sub)?;
+        let (namespace, name) = (account.namespace(), account.name());
+        let mut subject =
+            Subject { account: account.clone(), bound: Bound::default(), bound_elsewhere: None };
         let Some(claim) = self.0.get("kubernetes.io") else { return Ok(subject) };
         let claim = members(claim, "kubernetes.io")?;
         let of = named(claim, "serviceaccount", "kubernetes.io.serviceaccount")?
@@ -378,6 +380,15 @@ impl Named<'_> {
     fn object(&self) -> Option<Object> {
         Some(Object { name: self.name.to_owned(), uid: self.uid?.to_owned() })
     }
+}
+
+fn account(sub: &str) -> Result<ServiceAccount, Fault> {
+    let (namespace, name) = sub
+        .strip_prefix("system:serviceaccount:")
+        .and_then(|names| names.split_once(':'))
+        .filter(|(_, name)| !name.contains(':'))
+        .ok_or_else(|| Fault::Subject(cut(sub)))?;
+    Ok(ServiceAccount::new(namespace, name)?)
 }
 
 fn named<'a>(within: &'a json::Object, name: &str, claim: &'static str) -> Result<Option<Named<'a>>, Fault> {

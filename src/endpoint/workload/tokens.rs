@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 
 use crate::agent::{self, Agent};
 use crate::client;
+use crate::core::rotation::Due;
 use crate::core::spiffe::SpiffeId;
 use crate::sys::clock;
 
@@ -20,6 +21,9 @@ const MOST: usize = 2_048;
 const AT_ONCE: usize = 8;
 /// The authority answers within this time, or one that is still good is given.
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// A clock that was set back by more is noticed: peers that go by it would take no token of before.
+const SET_BACK: Duration = Duration::from_secs(10);
 
 type Key = (SpiffeId, Vec<String>);
 /// Who asks for the same while it is asked for waits for the answer.
@@ -34,8 +38,18 @@ pub(super) struct Tokens {
 #[derive(Clone)]
 struct Token {
     svid: String,
-    renew_at: OffsetDateTime,
+    issued: OffsetDateTime,
+    renewal: Due,
+    end: Due,
     expires: OffsetDateTime,
+}
+
+impl Token {
+    /// Whether it is of a time that was, and more of it is left than is over.
+    fn is_fresh(&self) -> bool {
+        let now = clock::both();
+        self.issued <= now.wall + SET_BACK && !self.renewal.left(now).is_zero()
+    }
 }
 
 impl Default for Tokens {
@@ -58,7 +72,7 @@ impl Tokens {
         let key = (id.clone(), audience);
         let slot = self.slot(&key);
         let mut held = slot.lock().await;
-        if let Some(token) = held.as_ref().filter(|token| token.renew_at > clock::now()) {
+        if let Some(token) = held.as_ref().filter(|token| token.is_fresh()) {
             return Ok(token.svid.clone());
         }
         match self.ask(agent, &key).await {
@@ -72,7 +86,7 @@ impl Tokens {
                 if held.is_none() {
                     self.kept().remove(&key);
                 }
-                let good = held.as_ref().filter(|token| token.expires > clock::now());
+                let good = held.as_ref().filter(|token| !token.end.left(clock::both()).is_zero());
                 // A denial is the authority's last word; a silence is not.
                 match good.filter(|_| status.code() == Code::Unavailable) {
                     Some(token) => Ok(token.svid.clone()),
@@ -85,7 +99,7 @@ impl Tokens {
     async fn ask(&self, agent: &Agent, (id, audience): &Key) -> Result<Token, Status> {
         let unavailable = || Status::unavailable("the authority has not signed the token; try again");
         let _turn = self.asking.acquire().await.map_err(|_| unavailable())?;
-        let asked = clock::now();
+        let asked = clock::both();
         let answer = match timeout(ANSWER, agent.jwt(id, audience)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(fault)) => {
@@ -98,13 +112,15 @@ impl Tokens {
             }
         };
         let ends = answer.expires_at.and_then(|at| OffsetDateTime::from_unix_timestamp(at.seconds).ok());
-        let expires = ends.filter(|ends| *ends > asked && answer.spiffe_id == id.as_str());
+        let expires = ends.filter(|ends| *ends > asked.wall && answer.spiffe_id == id.as_str());
         let Some(expires) = expires.filter(|_| !answer.svid.is_empty()) else {
             let fault = "the answer is for somebody else, or of no use";
             tracing::warn!(identity = %id, whose = answer.spiffe_id, fault, "JWT-SVID not obtained");
             return Err(unavailable());
         };
-        Ok(Token { svid: answer.svid, renew_at: asked + (expires - asked) / 2, expires })
+        let half = asked.wall + (expires - asked.wall) / 2;
+        let (renewal, end) = (Due::at(half, asked), Due::at(expires, asked));
+        Ok(Token { svid: answer.svid, issued: asked.wall, renewal, end, expires })
     }
 
     fn slot(&self, key: &Key) -> Slot {

@@ -654,11 +654,11 @@ async fn channel(socket: &Path) -> Channel {
     endpoint.connect().await.expect("a connection")
 }
 
-async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
+pub(super) async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
     SpiffeWorkloadApiClient::new(channel(socket).await)
 }
 
-fn with_header<T>(message: T, values: &[&str]) -> Request<T> {
+pub(super) fn with_header<T>(message: T, values: &[&str]) -> Request<T> {
     let mut request = Request::new(message);
     for value in values {
         request.metadata_mut().append("workload.spiffe.io", value.parse().expect("a value"));
@@ -672,7 +672,7 @@ fn part(token: &str, at: usize) -> Value {
 }
 
 /// One DER behind the other.
-fn certificates(mut ders: &[u8]) -> Vec<Certificate> {
+pub(super) fn certificates(mut ders: &[u8]) -> Vec<Certificate> {
     let mut all = Vec::new();
     while !ders.is_empty() {
         let (rest, _) = x509_parser::parse_x509_certificate(ders).expect("a certificate");

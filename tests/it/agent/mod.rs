@@ -1,7 +1,11 @@
 //! `mica agent` as its users run it: the built program beside the built authority.
 
+mod clock;
 mod conformance;
+mod disk;
+mod examples;
 mod files;
+mod unread;
 mod workload_api;
 
 use std::fs;
@@ -12,6 +16,9 @@ use std::time::Duration;
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
 use mica::core::key::PrivateKey;
+use mica::proto::spiffe::X509svidRequest;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
 
 use crate::serve::{Mica, Place, output_within, page, wait_for};
 
@@ -122,4 +129,47 @@ pub(crate) fn leaf_in(folder: &Path) -> Result<Certificate, String> {
 /// Waits until the leaf in a folder is good and not the one with this serial number.
 pub(crate) fn wait_for_another(folder: &Path, serial: &str, within: Duration) -> Certificate {
     wait_for(within, "another good set", || leaf_in(folder).ok().filter(|leaf| leaf.serial_text() != serial))
+}
+
+/// Bytes of memory of a process.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// A workload that follows its certificate over the socket, on one stream.
+struct Follower {
+    told: watch::Receiver<Option<Certificate>>,
+    _runtime: Runtime,
+}
+
+impl Follower {
+    fn of(socket: &Path) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let (tell, told) = watch::channel(None);
+        let socket = socket.to_owned();
+        runtime.spawn(async move {
+            let request = conformance::with_header(X509svidRequest {}, &["true"]);
+            let stream = conformance::client(&socket).await.fetch_x509svid(request).await;
+            let mut stream = stream.unwrap().into_inner();
+            while let Ok(Some(response)) = stream.message().await {
+                let chain = conformance::certificates(&response.svids[0].x509_svid);
+                tell.send_replace(chain.into_iter().next());
+            }
+        });
+        Self { told, _runtime: runtime }
+    }
+
+    /// The serial number of what it has; none before the first and when its stream has ended.
+    fn serial(&self) -> Option<String> {
+        self.told.has_changed().ok()?;
+        self.told.borrow().as_ref().map(Certificate::serial_text)
+    }
+
+    fn wait_for_another(&self, serial: &str, within: Duration) -> String {
+        wait_for(within, "another certificate over the socket", || {
+            self.serial().filter(|found| found != serial)
+        })
+    }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use super::{command, start, token};
+use super::{command, resident, start, token};
 use crate::parts;
 use crate::serve::{Place, wait_for};
 
@@ -166,11 +166,4 @@ fn ten_thousand_connections_leave_the_socket_to_others() {
     drop(held);
     assert!(resident < 200 << 20, "{resident} bytes are resident");
     agent.stop();
-}
-
-/// Bytes of memory.
-fn resident(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }

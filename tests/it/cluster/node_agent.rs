@@ -7,6 +7,10 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use mica::core::certificate::Certificate;
+use mica::core::key::PrivateKey;
 use serde_json::{Value, json};
 
 use super::node::Node;
@@ -64,6 +68,20 @@ fn each_pod_has_its_own_identity_over_the_nodes_socket_for_as_long_as_it_is_ther
         assert!(refused.contains("PermissionDenied"), "{refused}");
     }
 
+    // The same over SDS.
+    let secret_of =
+        |container: &str, name: &str| secret(&mut node.inside(container, &secret_arguments("grpcurl", name)));
+    for (name, container) in [("a", &a), ("b", &b)] {
+        assert_eq!(secret_of(container, "default"), Ok(id(name)));
+        assert_eq!(secret_of(container, &id(name)), Ok(id(name)));
+    }
+    for (container, wanted) in [(&b, "a"), (&a, "b"), (&a, "nobody")] {
+        let refused = secret_of(container, &id(wanted)).unwrap_err();
+        assert!(refused.contains("PermissionDenied"), "{wanted}: {refused}");
+    }
+    let refused = secret(&mut node.outside(&secret_arguments(program, "default"))).unwrap_err();
+    assert!(refused.contains("PermissionDenied"), "{refused}");
+
     // Its processes live on, since there is no kubelet to end them.
     let [mut kept, mut ended] = [&a, &b].map(|container| Stream::open(node, container));
     assert_eq!((kept.next(), ended.next()), (id("a"), id("b")));
@@ -81,7 +99,12 @@ fn each_pod_has_its_own_identity_over_the_nodes_socket_for_as_long_as_it_is_ther
     let said = ended.end();
     assert!(said.contains("PermissionDenied"), "{said}");
     wait_for(PATIENCE, "a refusal", || of(&b, None).err().filter(|why| why.contains("PermissionDenied")));
+    // The API server is asked for a pod that nobody knows once in a second, and who comes in between is told to come back.
+    wait_for(PATIENCE, "a refusal over SDS", || {
+        secret_of(&b, "default").err().filter(|why| why.contains("PermissionDenied"))
+    });
     assert_eq!(of(&a, None), Ok(id("a")));
+    assert_eq!(secret_of(&a, "default"), Ok(id("a")));
     assert!(kept.lives());
 }
 
@@ -165,6 +188,27 @@ fn token(command: &mut Command, wanted: Option<&str>) -> Result<String, String> 
     let tokens = answer["svids"].as_array().unwrap();
     assert_eq!(tokens.len(), 1, "{wanted:?}");
     Ok(tokens[0]["spiffeId"].as_str().unwrap().to_owned())
+}
+
+fn secret_arguments(program: &str, name: &str) -> Vec<String> {
+    let data = json!({"resourceNames": [name]}).to_string();
+    let method = "envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets";
+    asking(program, &data, method).into_iter().map(str::to_owned).collect()
+}
+
+/// Whose certificate is given, which has to be one with its key.
+fn secret(command: &mut Command) -> Result<String, String> {
+    let output = command.output().unwrap();
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let certificate = &answer["resources"][0]["tlsCertificate"];
+    let inline = |what: &str| STANDARD.decode(certificate[what]["inlineBytes"].as_str().unwrap()).unwrap();
+    let leaf = Certificate::all_from_pem(&inline("certificateChain")).unwrap().remove(0);
+    let key = PrivateKey::from_pem(&inline("privateKey"), None, None).unwrap();
+    assert_eq!(key.public().spki(), leaf.spki);
+    Ok(leaf.spiffe_id().unwrap().to_string())
 }
 
 /// `FetchX509SVID` from within a container.

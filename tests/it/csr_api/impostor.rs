@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use mica::core::authority_files;
 use mica::core::certificate::Certificate;
 use mica::core::csr::CheckedCsr;
@@ -182,6 +184,72 @@ async fn no_wrong_answer_is_written_down() {
     assert_eq!(done.code, 0, "{done:?}");
     assert!(done.stderr.contains("out/root-cert.pem, differs from root/root-cert.pem"), "{done:?}");
     assert!(place.ok(&["verify", "out"]).starts_with("good: "));
+}
+
+/// An agent that was not told who it is has it from its own credential, and from the authority only what that says.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agents_first_answer_is_of_whom_its_credential_is() {
+    let (place, impostor, address) = start(Box::new(|_| Ok(Vec::new()))).await;
+    let issuer = issuer(&place, "ca");
+    let own_key = keys::generate(KeyKind::P256).unwrap();
+    let [above, bundle] = ["ca/ca-cert.pem", "root/root-cert.pem"].map(|name| place.read(name));
+    place
+        .write("own/cert-chain.pem", leaf(&issuer, ID, own_key.public(), OffsetDateTime::now_utc()) + &above);
+    place.write("own/key.pem", own_key.to_pem().as_bytes());
+    let token = |sub: &str| {
+        let encoded = |text: &str| URL_SAFE_NO_PAD.encode(text);
+        let claims = serde_json::json!({ "sub": sub }).to_string();
+        format!("{}.{}.{}", encoded(r#"{"alg":"ES256"}"#), encoded(&claims), encoded("signature"))
+    };
+    place.write("of-web", token("system:serviceaccount:default:web"));
+    place.write("of-ci", token("repo:example/shop:ref:refs/heads/main"));
+    place.write("opaque", "opaque");
+    let says = |id: &'static str| -> Answer {
+        let (issuer, above, bundle) = (issuer.clone(), above.clone(), bundle.clone());
+        Box::new(move |key| {
+            let leaf = leaf(&issuer, id, key, OffsetDateTime::now_utc());
+            Ok(vec![leaf, above.clone(), bundle.clone()])
+        })
+    };
+    let other = "spiffe://cluster.local/ns/default/sa/other";
+    let logs = crate::serve::Place::new();
+    let begin = |flag: &str, credential: &str| {
+        let mut agent = place.command(&["agent", "--http-address", "127.0.0.1:0", "--log-format", "human"]);
+        agent.args(["--authority-address", &address, "--authority-name", "localhost"]);
+        agent.args(["--authority-roots", "root/root-cert.pem", flag, credential]);
+        agent.arg("--files").arg(place.path(&format!("files-{credential}")));
+        crate::agent::start(&logs, credential, &mut agent)
+    };
+    let soon = std::time::Duration::from_secs(5);
+    for (flag, credential, shown) in [
+        ("--token-file", "of-web", "a token of the service account default/web"),
+        ("--certificate", "own", &format!("a certificate of {ID}")),
+    ] {
+        *impostor.0.lock().unwrap() = says(other);
+        tokio::task::block_in_place(|| {
+            let agent = begin(flag, credential);
+            let failures = "mica_agent_failures_total{reason=\"answer\"}";
+            let why = wait_for(soon, "a refusal", || {
+                agent.log().lines().find(|line| line.contains("what peers would refuse")).map(str::to_owned)
+            });
+            assert!(why.contains(other) && why.contains(shown), "{why}");
+            assert!(agent.metric(failures) > 0.0);
+            assert!(!place.path(&format!("files-{credential}/cert-chain.pem")).exists());
+            *impostor.0.lock().unwrap() = says(ID);
+            wait_for(soon, "a certificate", || (agent.page("/readyz").0 == 200).then_some(()));
+            assert!(agent.log().contains(&format!("certificate obtained identity={ID}")), "{}", agent.log());
+            agent.stop();
+        });
+    }
+    // These name no service account, so only the authority knows whose they are.
+    *impostor.0.lock().unwrap() = says(other);
+    for credential in ["of-ci", "opaque"] {
+        tokio::task::block_in_place(|| {
+            let agent = begin("--token-file", credential);
+            wait_for(soon, "a certificate", || (agent.page("/readyz").0 == 200).then_some(()));
+            agent.stop();
+        });
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,13 +29,13 @@ const WEB: &str = "spiffe://example.org/web";
 const OTHER: &str = "spiffe://example.org/other";
 
 /// An authority of one trust domain.
-struct Ca {
-    domain: TrustDomain,
-    issuer: Issuer,
+pub(crate) struct Ca {
+    pub(crate) domain: TrustDomain,
+    pub(crate) issuer: Issuer,
 }
 
 impl Ca {
-    fn new(domain: &str) -> Self {
+    pub(crate) fn new(domain: &str) -> Self {
         let domain = TrustDomain::parse(domain).unwrap();
         let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
         let organization = "sds".parse().unwrap();

@@ -9,16 +9,16 @@ use super::{Place, wait_for};
 use crate::fixtures::run;
 
 /// A small file system in memory, which needs root; gone with this.
-struct Small(PathBuf);
+pub(crate) struct Small(PathBuf);
 
 impl Small {
-    fn mount(folder: &Path) -> Self {
+    pub(crate) fn mount(folder: &Path) -> Self {
         fs::create_dir_all(folder).unwrap();
         run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=512k,mode=700", "none"]).arg(folder));
         Self(folder.to_owned())
     }
 
-    fn fill(&self) {
+    pub(crate) fn fill(&self) {
         let mut size = 512 * 1024;
         for n in 0.. {
             if fs::write(self.0.join(format!("fill{n}")), vec![0; size]).is_err() {
@@ -30,7 +30,7 @@ impl Small {
         }
     }
 
-    fn empty(&self) {
+    pub(crate) fn empty(&self) {
         for entry in fs::read_dir(&self.0).unwrap() {
             let path = entry.unwrap().path();
             if path.file_name().unwrap().to_string_lossy().starts_with("fill") {

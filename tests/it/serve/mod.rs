@@ -4,7 +4,7 @@ pub(crate) mod agent;
 pub(crate) mod authority;
 pub(crate) mod clock;
 mod delivery;
-mod disk;
+pub(crate) mod disk;
 pub(crate) mod federation;
 mod flood;
 mod grpc;
