@@ -44,8 +44,8 @@ const ROOMS: &[Room] = &[
     Room { name: "attest",    rank: 5, may: &["core", "sys", "telemetry"] },
     // Keeps what workloads have, and asks the authority for it.
     Room { name: "agent",     rank: 7, may: &["core", "sys", "telemetry", "trace::", "proto", "client", "sink"] },
-    // The agent's socket. Health is asked for there as at the authority's port.
-    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "trace::", "proto", "attest::", "client::", "agent", "serve::health"] },
+    // The agent's socket. Health is asked for there, and requests are let in, as at the authority's port.
+    Room { name: "endpoint",  rank: 8, may: &["core", "sys", "telemetry", "trace::", "proto", "attest::", "client::", "agent", "serve::gate", "serve::health"] },
     Room { name: "config",    rank: 7, may: &["core", "sys", "telemetry", "trace::", "store::", "source::", "sink::", "authority::", "reconcile::", "serve::", "admin::"] },
     // As app is for the running programs: each command takes what was typed.
     Room { name: "tool",      rank: 9, may: &["core", "sys", "client", "auth", "config"] },

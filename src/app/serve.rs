@@ -1,5 +1,6 @@
 //! `mica serve DIR` and `mica serve --kube`.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use crate::admin;
 use crate::auth::token::Tokens;
 use crate::auth::{CertificateAuthenticator, ForwardedAuthenticator, LivingPolicy, trial};
 use crate::authority::{Authority, Keeper};
-use crate::cluster::{AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
+use crate::cluster::{self, AsIstioCa, Cluster, ClusterMemory, ClusterStore, Events};
 use crate::config::cli::Output;
 use crate::config::istio_ca::DIFFERENCES;
 use crate::config::serve::{Args, Origin, ServingName};
@@ -224,6 +225,18 @@ async fn run_with(
         }
         None => None,
     };
+    // Before whoever tells the cluster what is known.
+    let fetcher = match &args.federation {
+        Some(file) => {
+            let fetched = Arc::new(Fetched::default());
+            fetched.register(&mut registry);
+            let data = data.try_clone().map_err(fault)?;
+            let others = federated_bundles(&args, subjects.cluster()).await;
+            let fetcher = Fetcher::open(authority.clone(), data, file.clone(), fetched, &others);
+            Some(fetcher.map_err(|e| usage(format_args!("--federation: {e}")))?)
+        }
+        None => None,
+    };
     let mut tasks = JoinSet::new();
     // Whoever has istio-ca's rights has no place in the cluster for more than istio-ca kept there.
     let is_shared = subjects.cluster().is_some() && args.istio_ca.is_none();
@@ -294,12 +307,7 @@ async fn run_with(
             tokio::time::sleep(HANG_UP).await;
         }
     };
-    if let Some(file) = &args.federation {
-        let fetched = Arc::new(Fetched::default());
-        fetched.register(&mut registry);
-        let data = data.try_clone().map_err(fault)?;
-        let fetcher = Fetcher::open(authority.clone(), data, file.clone(), fetched);
-        let fetcher = fetcher.map_err(|e| usage(format_args!("--federation: {e}")))?;
+    if let Some(fetcher) = fetcher {
         tasks.spawn(until(stopping(), fetcher.keep()));
     }
     let bundle_address = bundle.as_ref().map(TcpListener::local_addr).transpose().map_err(fault)?;
@@ -518,6 +526,21 @@ pub(super) fn unexpected(ended: Option<Result<Result<(), Error>, tokio::task::Jo
         Some(Err(panic)) => Error::Fault(format!("a task failed: {panic}")),
         Some(Ok(Ok(()))) | None => Error::Fault("a task ended early".to_owned()),
     }
+}
+
+/// What other replicas, or this one's last start, have fetched, where the cluster keeps it.
+async fn federated_bundles(args: &Args, cluster: Option<&Cluster>) -> BTreeMap<String, String> {
+    let (Some(cluster), Some(name)) = (cluster, args.federated_config_map()) else {
+        return BTreeMap::new();
+    };
+    cluster::federated_bundles(cluster, name).await.unwrap_or_else(|fault| {
+        tracing::warn!(
+            name,
+            fault,
+            "the bundles of other trust domains that the cluster has cannot be read; they are fetched"
+        );
+        BTreeMap::new()
+    })
 }
 
 fn names(typed: &[ServingName]) -> Names {

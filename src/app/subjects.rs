@@ -18,8 +18,8 @@ use crate::auth::token::Tokens;
 use crate::auth::{Accounts, Liveness, LivingPolicy, Nodes};
 use crate::authority::{Authority, Keeper};
 use crate::cluster::{
-    AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, FederatedBundles, Leadership,
-    Namespaces, Objects, Roots, RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
+    AccountSource, Cluster, ClusterKeyring, Election, EventReason, Events, FederatedBundles, Foreign,
+    Leadership, Namespaces, Objects, Roots, RootsOptions, Secrets, Severity, Told, Wanted, WebhookTrust,
 };
 use crate::config::serve::{Args, MadeKind};
 use crate::core::key::KeyKind;
@@ -207,7 +207,10 @@ fn follow_cluster(
                 let written = |(domain, bundle): (&TrustDomain, &Arc<Published>)| {
                     Some((domain.to_string(), bundle.to_json().ok()?))
                 };
-                bundles.federated.iter().filter_map(written).collect()
+                Foreign {
+                    known: bundles.federated.iter().filter_map(written).collect(),
+                    awaited: bundles.awaited.iter().map(ToString::to_string).collect(),
+                }
             });
             let bundles = FederatedBundles::new(
                 &cluster,

@@ -1,11 +1,11 @@
 //! The bundles of other trust domains in a ConfigMap of each namespace that is served, for those who follow no stream.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams};
 use kube::{Api, Client};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -24,9 +24,19 @@ const LOOK: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_secs(60);
 /// An object has at most 1 MiB, its other parts included (API server).
 const MAX: usize = 1_000_000;
+/// What follows a trust domain's name.
+const SUFFIX: &str = ".json";
 
-/// The bundles as they are now: each trust domain's, as SPIFFE JSON.
-type Current = Box<dyn Fn() -> BTreeMap<String, String> + Send + Sync>;
+/// The bundles as they are now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Foreign {
+    /// Each trust domain's, as SPIFFE JSON.
+    pub known: BTreeMap<String, String>,
+    /// Trust domains that are wanted, and of which this replica knows nothing yet.
+    pub awaited: BTreeSet<String>,
+}
+
+type Current = Box<dyn Fn() -> Foreign + Send + Sync>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Outcome {
@@ -98,7 +108,7 @@ impl FederatedBundles {
             let bundles = (self.current)();
             if before.as_ref() != Some(&bundles) {
                 next.clear();
-                if bundles.iter().map(|(name, text)| name.len() + text.len()).sum::<usize>() > MAX {
+                if bundles.known.iter().map(|(name, text)| name.len() + text.len()).sum::<usize>() > MAX {
                     tracing::error!(
                         name = self.name,
                         "the bundles of other trust domains are too long for a ConfigMap: it is left as it is"
@@ -106,7 +116,7 @@ impl FederatedBundles {
                 }
                 before = Some(bundles.clone());
             }
-            if bundles.iter().map(|(name, text)| name.len() + text.len()).sum::<usize>() > MAX {
+            if bundles.known.iter().map(|(name, text)| name.len() + text.len()).sum::<usize>() > MAX {
                 continue;
             }
             let served = |name: &Arc<str>| self.namespaces.choice(name).is_some_and(Choice::is_served);
@@ -133,16 +143,35 @@ impl FederatedBundles {
         }
     }
 
-    async fn write(&self, namespace: &str, bundles: &BTreeMap<String, String>) -> Result<(), String> {
+    async fn write(&self, namespace: &str, bundles: &Foreign) -> Result<(), String> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        let mut texts = bundles.known.clone();
+        if !bundles.awaited.is_empty() {
+            // What an earlier writer knew is not taken away by one that does not know it yet.
+            let held = held(&maps, &self.name).await?;
+            texts.extend(held.into_iter().filter(|(name, _)| bundles.awaited.contains(name)));
+        }
         let data: BTreeMap<_, _> =
-            bundles.iter().map(|(name, text)| (format!("{name}.json"), text.as_str())).collect();
+            texts.into_iter().map(|(name, text)| (format!("{name}{SUFFIX}"), text)).collect();
         let map = json!({
             "apiVersion": "v1", "kind": "ConfigMap",
             "metadata": {"name": self.name, "labels": {MANAGED_BY: self.own}},
             "data": data,
         });
-        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         let params = PatchParams::apply(MANAGER).force();
         in_time(maps.patch(&self.name, &params, &Patch::Apply(&map))).await.map(drop)
     }
+}
+
+/// What Mica's own namespace has in the ConfigMap of this name, of each trust domain, as SPIFFE JSON.
+pub async fn federated_bundles(cluster: &Cluster, name: &str) -> Result<BTreeMap<String, String>, String> {
+    held(&Api::namespaced(cluster.client.clone(), cluster.namespace()), name).await
+}
+
+/// By a list, which the rule for watched ConfigMaps allows too.
+async fn held(maps: &Api<ConfigMap>, name: &str) -> Result<BTreeMap<String, String>, String> {
+    let params = ListParams::default().fields(&format!("metadata.name={name}"));
+    let found = in_time(maps.list(&params)).await?;
+    let texts = found.items.into_iter().filter_map(|map| map.data).flatten();
+    Ok(texts.filter_map(|(key, text)| Some((key.strip_suffix(SUFFIX)?.to_owned(), text))).collect())
 }

@@ -35,7 +35,7 @@ use serde::Deserialize;
 pub use accounts::{AccountSource, Wanted};
 pub use authority::{AsIstioCa, AuthorityError, ClusterMemory, ClusterStore};
 pub use events::{EventReason, Events, Severity};
-pub use federated::FederatedBundles;
+pub use federated::{FederatedBundles, Foreign, federated_bundles};
 pub use keyring::ClusterKeyring;
 pub use lease::{Election, Leadership};
 pub use namespaces::{Flips, Namespaces};

@@ -1,17 +1,20 @@
 //! All commands and their flags. Help, completions and man pages come from here.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::inject::{InjectMode, mounted};
+use super::inject::{InjectMode, mounted, reachable};
 use super::serve::{self, MadeKind, ServingName};
+use super::trace::{otlp, zipkin};
 use super::{agent, istio_ca};
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::{DnsName, Organization};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
+use crate::core::url::Collector;
 
 /// A certificate authority for workload mTLS identity
 ///
@@ -143,7 +146,7 @@ pub enum Command {
     #[command(
         after_help = "Examples:\n  mica inject -f deployment.yaml | kubectl apply -f -\n  mica inject -f app.yaml --mode agent --container app --image registry.example.org/mica:0.1.0\n  mica inject -f deployment.yaml --check"
     )]
-    Inject(Inject),
+    Inject(Box<Inject>),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  mica completions bash > ~/.local/share/bash-completion/completions/mica"
@@ -639,6 +642,16 @@ pub struct Inject {
     /// With --mode agent: keep files for the container too, at this path of it
     #[arg(long, value_name = "DIR", value_parser = mounted)]
     pub files: Option<String>,
+    /// With --mode agent: where its /livez, /readyz and /metrics listen, so that others reach them; the container names
+    /// the port mica-metrics [default: a port of loopback]
+    #[arg(long, value_name = "ADDRESS", value_parser = reachable)]
+    pub metrics_address: Option<SocketAddr>,
+    /// With --mode agent: its --trace-otlp, a collector that it sends spans to [default: none]
+    #[arg(long, value_name = "URL", value_parser = otlp)]
+    pub trace_otlp: Option<Collector>,
+    /// With --mode agent: its --trace-zipkin, a Zipkin that it sends spans to [default: none]
+    #[arg(long, value_name = "URL", value_parser = zipkin)]
+    pub trace_zipkin: Option<Collector>,
     /// With --mode agent or token: whom the token is for, as the server's --token-audience says it [default: istio-ca]
     #[arg(long, value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub token_audience: Option<String>,

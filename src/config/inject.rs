@@ -1,10 +1,12 @@
 //! What pods get, as it is typed for `mica inject` and for `mica serve --inject-address` alike.
 
+use std::net::{AddrParseError, SocketAddr};
 use std::path::Path;
 
 use clap::ValueEnum;
 
 use crate::core::inject::{AGENT, Agent, CREDENTIALS_PATH, SOCKET_PATH, What, Wish};
+use crate::core::url::Collector;
 
 /// What pods get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -30,6 +32,12 @@ pub struct Typed<'a> {
     pub image: Option<&'a str>,
     /// `files`
     pub files: Option<&'a str>,
+    /// `metrics-address`
+    pub metrics: Option<SocketAddr>,
+    /// `trace-otlp`
+    pub otlp: Option<&'a Collector>,
+    /// `trace-zipkin`
+    pub zipkin: Option<&'a Collector>,
     /// Whom an agent asks.
     pub authority: &'a str,
     /// Whom its token is for.
@@ -39,8 +47,15 @@ pub struct Typed<'a> {
 impl Typed<'_> {
     /// What that comes to, unless it contradicts itself.
     pub fn wish(&self) -> Result<Wish, String> {
-        let Self { prefix, mode, container, image, files, authority, audience } = *self;
-        for (flag, given) in [("image", image.is_some()), ("files", files.is_some())] {
+        let Self { prefix, mode, container, image, files, metrics, otlp, zipkin, authority, audience } =
+            *self;
+        for (flag, given) in [
+            ("image", image.is_some()),
+            ("files", files.is_some()),
+            ("metrics-address", metrics.is_some()),
+            ("trace-otlp", otlp.is_some()),
+            ("trace-zipkin", zipkin.is_some()),
+        ] {
             if given && mode != InjectMode::Agent {
                 return Err(format!(
                     "{prefix}{flag} says something of an agent; give it with {prefix}mode agent"
@@ -68,12 +83,15 @@ impl Typed<'_> {
         let what = match mode {
             InjectMode::Secret => What::Secret,
             InjectMode::Token => What::Token { audience: audience.to_owned() },
-            InjectMode::Agent => What::Agent(Agent {
+            InjectMode::Agent => What::Agent(Box::new(Agent {
                 image: image.unwrap_or(concat!("localhost/mica:", env!("CARGO_PKG_VERSION"))).to_owned(),
                 authority: authority.to_owned(),
                 audience: audience.to_owned(),
                 files: files.map(str::to_owned),
-            }),
+                metrics,
+                otlp: otlp.cloned(),
+                zipkin: zipkin.cloned(),
+            })),
         };
         Ok(Wish { container: container.to_owned(), what })
     }
@@ -88,4 +106,13 @@ pub(super) fn mounted(text: &str) -> Result<String, String> {
         Some(rest) if rest.split('/').all(sound) && path.chars().all(plain) => Ok(path.to_owned()),
         _ => Err("it is no path that a volume can be mounted at; write one such as /etc/certs".to_owned()),
     }
+}
+
+/// An address that others find something at.
+pub(super) fn reachable(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text.parse().map_err(|fault: AddrParseError| fault.to_string())?;
+    if address.port() == 0 || address.ip().is_loopback() {
+        return Err("nobody outside of the pod finds it there; write one such as 0.0.0.0:15020, or [::]:15020 where pods have IPv6 addresses".to_owned());
+    }
+    Ok(address)
 }

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
-use super::inject::{InjectMode, Typed, mounted};
+use super::inject::{InjectMode, Typed, mounted, reachable};
 use super::istio_ca::IstioCa;
+use super::trace::{otlp, zipkin};
 use crate::core::inject::Wish;
 use crate::core::key::KeyKind;
 use crate::core::lifetime::Lifetime;
 use crate::core::profile::DnsName;
 use crate::core::spiffe::{TrustDomain, is_dns_subdomain, is_namespace};
+use crate::core::url::Collector;
 use crate::telemetry::LogFormat;
 
 const EXAMPLES: &str = "\
@@ -355,6 +357,40 @@ pub struct Args {
     )]
     pub inject_files: Option<String>,
 
+    /// With --inject-mode agent: where its /livez, /readyz and /metrics listen, as of `mica inject --metrics-address`
+    /// [default: a port of loopback]
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        requires = "inject_address",
+        value_parser = reachable,
+        env = "MICA_INJECT_METRICS_ADDRESS",
+        hide_env = true
+    )]
+    pub inject_metrics_address: Option<SocketAddr>,
+
+    /// With --inject-mode agent: its --trace-otlp, as of `mica inject` [default: none]
+    #[arg(
+        long,
+        value_name = "URL",
+        requires = "inject_address",
+        value_parser = otlp,
+        env = "MICA_INJECT_TRACE_OTLP",
+        hide_env = true
+    )]
+    pub inject_trace_otlp: Option<Collector>,
+
+    /// With --inject-mode agent: its --trace-zipkin, as of `mica inject` [default: none]
+    #[arg(
+        long,
+        value_name = "URL",
+        requires = "inject_address",
+        value_parser = zipkin,
+        env = "MICA_INJECT_TRACE_ZIPKIN",
+        hide_env = true
+    )]
+    pub inject_trace_zipkin: Option<Collector>,
+
     /// What else `mica istio-ca` asks for.
     #[arg(skip)]
     pub istio_ca: Option<Box<IstioCa>>,
@@ -425,6 +461,9 @@ impl Args {
             container: self.inject_container.as_deref(),
             image: self.inject_image.as_deref(),
             files: self.inject_files.as_deref(),
+            metrics: self.inject_metrics_address,
+            otlp: self.inject_trace_otlp.as_ref(),
+            zipkin: self.inject_trace_zipkin.as_ref(),
             authority: &format!("mica.{namespace}.svc:15012"),
             audience: &self.token_audience,
         };

@@ -36,11 +36,11 @@ impl Args {
     }
 }
 
-fn otlp(text: &str) -> Result<Collector, url::Error> {
+pub(super) fn otlp(text: &str) -> Result<Collector, url::Error> {
     Collector::new(text, "/v1/traces")
 }
 
-fn zipkin(text: &str) -> Result<Collector, url::Error> {
+pub(super) fn zipkin(text: &str) -> Result<Collector, url::Error> {
     Collector::new(text, "/api/v2/spans")
 }
 

@@ -1,19 +1,12 @@
 //! What callers may hold of the agent's memory, each connection and all together. Streams stay open for as long as their
 //! workloads live, so that it is not time that bounds them but their number, and a stream holds one answer at most.
 
-use std::convert::Infallible;
-use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http_body_util::BodyExt as _;
 use tonic::Status;
-use tonic::body::Body;
-use tonic::codegen::Service;
-use tonic::codegen::http::{Request, Response};
-use tonic::server::NamedService;
+use tonic::codegen::http::Request;
 
+use crate::serve::gate::Gate;
 use crate::sys::listen::{Place, Places};
 use crate::sys::peer::Process;
 
@@ -45,78 +38,33 @@ impl Room {
     fn of(most: usize) -> Self {
         Self(Places::new(most))
     }
-
-    /// A service whose requests need room.
-    pub(super) fn bound<S>(&self, inner: S) -> Bounded<S> {
-        Bounded { inner, room: self.clone() }
-    }
 }
 
-/// A service whose requests need room, until the last byte of their answers is on its way.
-#[derive(Clone, Debug)]
-pub(super) struct Bounded<S> {
-    inner: S,
-    room: Room,
-}
+impl Gate for Room {
+    type Held = Place<u32, u32>;
 
-impl<S: NamedService> NamedService for Bounded<S> {
-    const NAME: &'static str = S::NAME;
-}
-
-impl<S, B> Service<Request<B>> for Bounded<S>
-where
-    S: Service<Request<B>, Response = Response<Body>, Error = Infallible>,
-    S::Future: Unpin,
-{
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = Answering<S::Future>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn enter<B>(&self, request: &Request<B>) -> Result<Self::Held, Status> {
         // Set by the listener, for every connection.
         let caller = request.extensions().get::<Process>();
-        let place = caller.and_then(|caller| self.room.0.take_for(caller.uid, caller.pid));
-        let inner = place.is_some().then(|| self.inner.call(request));
-        Answering { inner, place }
-    }
-}
-
-/// Holds a place until the answer is gone. Without one there is nobody to answer.
-pub(super) struct Answering<F> {
-    inner: Option<F>,
-    place: Option<Place<u32, u32>>,
-}
-
-impl<F> Future for Answering<F>
-where
-    F: Future<Output = Result<Response<Body>, Infallible>> + Unpin,
-{
-    type Output = F::Output;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(inner) = &mut self.inner else {
+        caller.and_then(|caller| self.0.take_for(caller.uid, caller.pid)).ok_or_else(|| {
             let full =
                 "too many requests are open on the agent's socket, most of them of this user; try again";
-            return Poll::Ready(Ok(Status::unavailable(full).into_http()));
-        };
-        let Poll::Ready(Ok(response)) = Pin::new(inner).poll(cx) else { return Poll::Pending };
-        let place = self.place.take();
-        Poll::Ready(Ok(response.map(|body| {
-            Body::new(body.map_frame(move |frame| {
-                let _until_it_is_dropped = &place;
-                frame
-            }))
-        })))
+            Status::unavailable(full)
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+    use std::future::Future as _;
+    use std::pin::Pin;
     use std::sync::Arc;
+    use std::task::{Context, Poll};
+
+    use tonic::body::Body;
+    use tonic::codegen::Service;
+    use tonic::codegen::http::Response;
 
     use super::*;
 
@@ -139,7 +87,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_takes_all_the_room_leaves_some_to_others() {
-        let mut service = Room::of(4).bound(Silent);
+        let mut service = Room::of(4).before(Silent);
         let (one, _) = std::os::unix::net::UnixStream::pair().unwrap();
         let handle = Arc::new(one.into());
         let mut ask = |uid, pid| {

@@ -24,6 +24,7 @@ use crate::proto::grpc::health::v1::health_server::HealthServer;
 use crate::proto::xds::envoy::service::secret::v3::secret_discovery_service_server::{
     SecretDiscoveryService, SecretDiscoveryServiceServer,
 };
+use crate::serve::gate::Gate as _;
 use crate::serve::health::Health;
 use crate::sys::peer::Process;
 use bounds::Room;
@@ -105,13 +106,15 @@ pub async fn serve(
         .http2_max_header_list_size(bounds::LARGEST_HEADER)
         .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
         .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
-        .add_service(room.bound(HealthServer::new(health).max_decoding_message_size(bounds::LARGEST_MESSAGE)))
-        .add_service(room.bound(reflection().build_v1()?.max_decoding_message_size(bounds::LARGEST_MESSAGE)))
         .add_service(
-            room.bound(reflection().build_v1alpha()?.max_decoding_message_size(bounds::LARGEST_MESSAGE)),
+            room.before(HealthServer::new(health).max_decoding_message_size(bounds::LARGEST_MESSAGE)),
         )
-        .add_service(room.bound(sds))
-        .add_service(InterceptedService::new(room.bound(workload::service(endpoint)), workload::guarded))
+        .add_service(room.before(reflection().build_v1()?.max_decoding_message_size(bounds::LARGEST_MESSAGE)))
+        .add_service(
+            room.before(reflection().build_v1alpha()?.max_decoding_message_size(bounds::LARGEST_MESSAGE)),
+        )
+        .add_service(room.before(sds))
+        .add_service(InterceptedService::new(room.before(workload::service(endpoint)), workload::guarded))
         .serve_with_incoming_shutdown(incoming, async { drop(stopped.await) });
     tokio::pin!(serving);
     let most = CONNECTIONS.min(open_files / 2);

@@ -107,12 +107,14 @@ pub struct Fetcher {
 }
 
 impl Fetcher {
-    /// Reads the file, which has to be good, and publishes what was fetched by an earlier run.
+    /// Reads the file, which has to be good, and publishes what was fetched by an earlier run, or else what `others`
+    /// have, by the trust domain's name.
     pub fn open(
         authority: Arc<Authority>,
         data: Dir,
         file: PathBuf,
         fetched: Arc<Fetched>,
+        others: &BTreeMap<String, String>,
     ) -> Result<Self, String> {
         if data.find(FOLDER).map_err(|fault| fault.to_string())?.is_none() {
             data.make_subdir(FOLDER, Access::mode(0o700)).map_err(|fault| fault.to_string())?;
@@ -121,7 +123,7 @@ impl Fetcher {
         data.clear_leftovers().map_err(|fault| fault.to_string())?;
         let said = files::read(&file, MAX as u64).map_err(|fault| fault.to_string())?.to_vec();
         let mut fetcher = Self { authority, data, file, fetched, said: Vec::new(), domains: BTreeMap::new() };
-        fetcher.take(said)?;
+        fetcher.take(said, others)?;
         Ok(fetcher)
     }
 
@@ -151,7 +153,7 @@ impl Fetcher {
                 sleep(LOOK).await;
                 let changed = match files::read(&self.file, MAX as u64) {
                     Ok(said) if *said == self.said => None,
-                    Ok(said) => Some(self.take(said.to_vec())),
+                    Ok(said) => Some(self.take(said.to_vec(), &BTreeMap::new())),
                     Err(fault) => Some(Err(fault.to_string())),
                 };
                 match changed {
@@ -178,7 +180,7 @@ impl Fetcher {
     }
 
     /// Whose are not wanted any more are given up; whose are new are what was kept of them.
-    fn take(&mut self, said: Vec<u8>) -> Result<(), String> {
+    fn take(&mut self, said: Vec<u8>, others: &BTreeMap<String, String>) -> Result<(), String> {
         let file = self.file.display();
         let domains = federation::read(&said, self.authority.trust_domain())
             .map_err(|fault| format!("{file}: {fault}"))?;
@@ -196,11 +198,16 @@ impl Fetcher {
             if let Some((_, at)) = &kept {
                 self.fetched.at().insert(domain.clone(), *at);
             }
-            self.authority.federate(domain, kept.map(|(bundle, _)| Arc::new(bundle)));
+            let bundle = kept.map(|(bundle, _)| bundle).or_else(|| {
+                let bundle = Published::from_json(others.get(domain.as_str())?.as_bytes()).ok()?;
+                tracing::info!(%domain, ?bundle, "the bundle of a trust domain is what the cluster has, until it is fetched");
+                Some(bundle)
+            });
+            self.authority.federate(domain, bundle.map(Arc::new));
         }
         let gone = |domain: &&TrustDomain| !domains.contains_key(domain);
         for domain in self.domains.keys().filter(gone) {
-            self.authority.federate(domain, None);
+            self.authority.give_up(domain);
             self.fetched.at().remove(domain);
         }
         let names: Vec<String> = domains.keys().map(name).collect();
@@ -233,7 +240,7 @@ impl One {
             // Those who were told the same do not come together.
             #[expect(clippy::cast_precision_loss, reason = "a random moment needs no precision")]
             let spread = 1.0 - random as f64 / u64::MAX as f64 / 10.0;
-            let mut wait = federation::refresh(self.held().as_deref()).mul_f64(spread);
+            let mut wait = federation::refresh(self.held(&self.domain).as_deref()).mul_f64(spread);
             match looked {
                 Ok(()) => (told, failures) = (None, 0),
                 Err((outcome, fault)) => {
@@ -254,15 +261,18 @@ impl One {
         }
     }
 
-    fn held(&self) -> Option<Arc<Published>> {
-        self.authority.bundles().borrow().federated.get(&self.domain).cloned()
+    /// What was fetched here. What the cluster had is compared with nothing, since it may be from another URL, and no
+    /// endpoint is known by it.
+    fn held(&self, domain: &TrustDomain) -> Option<Arc<Published>> {
+        let held = self.authority.bundles().borrow().federated.get(domain).cloned();
+        held.filter(|_| self.fetched.at().contains_key(domain))
     }
 
     /// An error is what became of it, and why.
     async fn look(&self) -> Result<(), (&'static str, String)> {
         let (text, bundle) = self.fetch().await.map_err(|fault| ("failed", fault))?;
-        let (held, now) = (self.held(), clock::now());
         let domain = &self.domain;
+        let (held, now) = (self.held(domain), clock::now());
         match federation::compare(held.as_deref(), &bundle) {
             Next::Older => {
                 let sequence = |bundle: &Published| bundle.sequence.unwrap_or(0);
@@ -300,11 +310,10 @@ impl One {
             Profile::Web { roots: None } => Ok(Trust::System),
             Profile::Web { roots: Some(roots) } => Ok(Trust::Roots(read_roots(roots)?)),
             Profile::Spiffe { endpoint, bundle } => {
-                let bundles = self.authority.bundles().borrow().clone();
                 let domain = endpoint.trust_domain();
                 let latest = match domain == self.authority.trust_domain() {
-                    true => bundles.own.as_ref(),
-                    false => bundles.federated.get(domain),
+                    true => self.authority.bundles().borrow().own.clone(),
+                    false => self.held(domain),
                 };
                 // What was fetched counts from then on (5.2.2.4), even if it trusts nobody.
                 let roots = match latest {

@@ -5,24 +5,18 @@
 //! header to the last byte of its answer being on its way, and a connection that has one above its time is ended. And since there are many connections, all requests need room.
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
-use std::future::Future;
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http_body_util::BodyExt as _;
 use tokio::time::Instant;
 use tonic::body::Body;
-use tonic::codegen::Service;
 use tonic::codegen::http::{Request, Response};
-use tonic::server::NamedService;
 use tonic::{Code, Status};
 
 use super::codes::status;
+use super::gate::Gate;
 use super::queue::Full;
 use super::requests::Requests;
 use crate::core::refusal::{Reason, Refusal};
@@ -127,10 +121,9 @@ impl Drop for Open {
     }
 }
 
-/// A service whose requests have their room and their time.
+/// What the requests of a service have: their room and their time.
 #[derive(Clone)]
-pub(super) struct Bounded<S> {
-    inner: S,
+pub(super) struct Terms {
     /// None for as long as clients like.
     within: Option<Duration>,
     crowd: Crowd,
@@ -139,17 +132,17 @@ pub(super) struct Bounded<S> {
     watched: Option<(&'static str, Crowd)>,
 }
 
-impl<S> Bounded<S> {
-    pub(super) fn new(inner: S, within: Duration, crowd: &Crowd) -> Self {
-        Self { inner, within: Some(within), crowd: crowd.clone(), counted: None, watched: None }
+impl Terms {
+    pub(super) fn new(within: Duration, crowd: &Crowd) -> Self {
+        Self { within: Some(within), ..Self::endless(crowd) }
     }
 
-    /// One that may be listened to for ever.
-    pub(super) fn endless(inner: S, crowd: &Crowd) -> Self {
-        Self { inner, within: None, crowd: crowd.clone(), counted: None, watched: None }
+    /// Of requests that may be listened to for ever.
+    pub(super) fn endless(crowd: &Crowd) -> Self {
+        Self { within: None, crowd: crowd.clone(), counted: None, watched: None }
     }
 
-    /// Of which one method may be listened to for ever: those who do take no room from those who ask.
+    /// Of a service one of whose methods may be listened to for ever: those who do take no room from those who ask.
     pub(super) fn watched(self, path: &'static str, crowd: &Crowd) -> Self {
         Self { watched: Some((path, crowd.clone())), ..self }
     }
@@ -160,43 +153,42 @@ impl<S> Bounded<S> {
     }
 }
 
-impl<S: NamedService> NamedService for Bounded<S> {
-    const NAME: &'static str = S::NAME;
-}
+impl Gate for Terms {
+    type Held = Option<Held>;
 
-impl<S, B> Service<Request<B>> for Bounded<S>
-where
-    S: Service<Request<B>, Response = Response<Body>, Error = Infallible>,
-    S::Future: Unpin,
-{
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = Answering<S::Future>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn enter<B>(&self, request: &Request<B>) -> Result<Option<Held>, Status> {
         // Set by the listener, for every connection.
-        let Some(super::Connected { peer, unanswered }) = request.extensions().get() else {
-            return Answering { inner: Some(self.inner.call(request)), held: None, unread: None };
-        };
+        let Some(super::Connected { peer, unanswered }) = request.extensions().get() else { return Ok(None) };
         let (source, begun) = (peer.source, Instant::now());
         let watched = self.watched.as_ref().filter(|(path, _)| request.uri().path() == *path);
         let (crowd, within) = watched.map_or((&self.crowd, self.within), |(_, crowd)| (crowd, None));
-        let held = crowd.room(source).map(|room| (within.map(|within| unanswered.begin(within)), room));
         let counted = self.counted.clone();
         let unread = counted.map(|(requests, method)| Unread { requests, method, source, begun });
-        let inner = held.is_some().then(|| self.inner.call(request));
-        Answering { inner, held, unread }
+        match crowd.room(source) {
+            Some(room) => {
+                let open = within.map(|within| unanswered.begin(within));
+                Ok(Some(Held { open, _room: room, unread }))
+            }
+            None => Err(refused(unread.as_ref(), &Full.into())),
+        }
+    }
+
+    fn answered(held: &Option<Held>, response: Response<Body>) -> Response<Body> {
+        let unread = held.as_ref().and_then(|held| held.unread.as_ref());
+        // Who listens for ever sends no CSR.
+        let listens = held.as_ref().is_some_and(|held| held.open.is_none());
+        if listens || !is_too_large(&response) {
+            return response;
+        }
+        let sentence = format!("the request is longer than {LARGEST_MESSAGE} bytes");
+        refused(unread, &Refusal::new(Reason::CsrMalformed, sentence)).into_http()
     }
 }
 
-/// Holds a request open until its answer is gone. Without room there is nobody to answer it.
-pub(super) struct Answering<F> {
-    inner: Option<F>,
-    held: Option<(Option<Open>, Room)>,
+/// What a request holds until its answer is gone.
+pub(super) struct Held {
+    open: Option<Open>,
+    _room: Room,
     unread: Option<Unread>,
 }
 
@@ -208,37 +200,11 @@ struct Unread {
     begun: Instant,
 }
 
-impl<F> Answering<F> {
-    fn refused(&self, refusal: &Refusal) -> Response<Body> {
-        if let Some(Unread { requests, method, source, begun }) = &self.unread {
-            requests.answered(method, None, Some(refusal), *begun, *source, None);
-        }
-        status(refusal).into_http()
+fn refused(unread: Option<&Unread>, refusal: &Refusal) -> Status {
+    if let Some(Unread { requests, method, source, begun }) = unread {
+        requests.answered(method, None, Some(refusal), *begun, *source, None);
     }
-}
-
-impl<F> Future for Answering<F>
-where
-    F: Future<Output = Result<Response<Body>, Infallible>> + Unpin,
-{
-    type Output = F::Output;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(inner) = &mut self.inner else { return Poll::Ready(Ok(self.refused(&Full.into()))) };
-        let Poll::Ready(Ok(response)) = Pin::new(inner).poll(cx) else { return Poll::Pending };
-        // Who listens for ever sends no CSR.
-        if is_too_large(&response) && !matches!(self.held, Some((None, _))) {
-            let sentence = format!("the request is longer than {LARGEST_MESSAGE} bytes");
-            return Poll::Ready(Ok(self.refused(&Refusal::new(Reason::CsrMalformed, sentence))));
-        }
-        let held = self.held.take();
-        Poll::Ready(Ok(response.map(|body| {
-            Body::new(body.map_frame(move |frame| {
-                let _until_it_is_dropped = &held;
-                frame
-            }))
-        })))
-    }
+    status(refusal)
 }
 
 /// What tonic answers to a message above the limit; nothing of Mica's uses this code.
@@ -249,6 +215,13 @@ fn is_too_large(response: &Response<Body>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+    use std::future::Future as _;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use tonic::codegen::Service;
+
     use super::*;
 
     #[derive(Clone)]
@@ -271,7 +244,7 @@ mod tests {
     #[tokio::test]
     async fn who_takes_all_the_room_leaves_some_to_others() {
         let crowd = Crowd::of(2, 3);
-        let mut service = Bounded::new(Silent, Duration::from_secs(600), &crowd);
+        let mut service = Terms::new(Duration::from_secs(600), &crowd).before(Silent);
         let mut ask = |source: u8| {
             let peer = Arc::new(crate::auth::Peer::new([10, 0, 0, source].into(), Vec::new()));
             let connected = super::super::Connected { peer, unanswered: Arc::default() };

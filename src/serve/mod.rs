@@ -3,6 +3,7 @@
 mod agent;
 mod bounds;
 mod codes;
+pub mod gate;
 mod gather;
 mod grpc;
 pub mod health;
@@ -45,7 +46,8 @@ use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertif
 use crate::proto::mica::v1::agent_service_server::AgentServiceServer;
 use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
-use bounds::{Bounded, Crowd, Unanswered};
+use bounds::{Crowd, Terms, Unanswered};
+use gate::Gate as _;
 use gather::Gather;
 use grpc::GrpcOnly;
 use tls::ServingCertificate;
@@ -94,65 +96,51 @@ pub async fn serve(
     let (alive, stopped) = watch::channel(());
     let agent = agent::Agent { agents, stopped };
     let (crowd, followers) = (Crowd::new(), Crowd::new());
+    let (asked, looked_up) = (Terms::new(bounds::ANSWERED, &crowd), Terms::new(REFLECTION, &crowd));
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
-    let serving = Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .max_concurrent_streams(bounds::STREAMS)
-        .initial_stream_window_size(bounds::WINDOWS.0)
-        .initial_connection_window_size(bounds::WINDOWS.1)
-        .http2_max_header_list_size(bounds::LARGEST_HEADER)
-        .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
-        .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
-        .add_service(GrpcOnly(Bounded::endless(
-            HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION),
-            &crowd,
-        )))
-        .add_service(GrpcOnly(Bounded::new(
-            reflection().build_v1()?.max_decoding_message_size(LARGEST_QUESTION),
-            REFLECTION,
-            &crowd,
-        )))
-        .add_service(GrpcOnly(Bounded::new(
-            reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION),
-            REFLECTION,
-            &crowd,
-        )))
-        .add_service(GrpcOnly(Bounded::new(
-            IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-            bounds::ANSWERED,
-            &crowd,
-        )))
-        .add_service(GrpcOnly(
-            Bounded::new(
-                AgentServiceServer::new(agent).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-                bounds::ANSWERED,
-                &crowd,
-            )
-            .watched(agent::WATCH_BUNDLES, &followers),
-        ))
-        .add_service(GrpcOnly(
-            Bounded::new(
-                IstioCertificateServiceServer::new(istio.clone())
-                    .max_decoding_message_size(bounds::LARGEST_MESSAGE),
-                bounds::ANSWERED,
-                &crowd,
-            )
-            .counted(&requests, istio::CREATE_CERTIFICATE),
-        ))
-        .add_service(GrpcOnly(
-            Bounded::new(
-                IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-                bounds::ANSWERED,
-                &crowd,
-            )
-            .counted(&requests, istio::HANDLE_CSR),
-        ))
-        .serve_with_incoming_shutdown(incoming, async {
-            stop.await;
-            drop(alive);
-        });
+    let serving =
+        Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .max_concurrent_streams(bounds::STREAMS)
+            .initial_stream_window_size(bounds::WINDOWS.0)
+            .initial_connection_window_size(bounds::WINDOWS.1)
+            .http2_max_header_list_size(bounds::LARGEST_HEADER)
+            .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
+            .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
+            .add_service(GrpcOnly(Terms::endless(&crowd).before(
+                HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION),
+            )))
+            .add_service(GrpcOnly(
+                looked_up.before(reflection().build_v1()?.max_decoding_message_size(LARGEST_QUESTION)),
+            ))
+            .add_service(GrpcOnly(
+                looked_up.before(reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION)),
+            ))
+            .add_service(GrpcOnly(asked.before(
+                IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+            )))
+            .add_service(GrpcOnly(
+                asked.clone().watched(agent::WATCH_BUNDLES, &followers).before(
+                    AgentServiceServer::new(agent).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                ),
+            ))
+            .add_service(GrpcOnly(
+                asked.clone().counted(&requests, istio::CREATE_CERTIFICATE).before(
+                    IstioCertificateServiceServer::new(istio.clone())
+                        .max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                ),
+            ))
+            .add_service(GrpcOnly(
+                asked.counted(&requests, istio::HANDLE_CSR).before(
+                    IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                ),
+            ))
+            .serve_with_incoming_shutdown(incoming, async {
+                stop.await;
+                drop(alive);
+            });
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
     tokio::select! {
         served = serving => Ok(served?),

@@ -66,6 +66,9 @@ fn wish(arguments: &Inject) -> Result<Wish, Error> {
         container: container.as_deref(),
         image: image.as_deref(),
         files: files.as_deref(),
+        metrics: arguments.metrics_address,
+        otlp: arguments.trace_otlp.as_ref(),
+        zipkin: arguments.trace_zipkin.as_ref(),
         authority: authority_address.as_deref().unwrap_or("mica.istio-system.svc:15012"),
         audience: token_audience.as_deref().unwrap_or("istio-ca"),
     };

@@ -121,30 +121,33 @@ has_spans() {
     [[ $(grep -cE '"(productpage|details|reviews|ratings)"$' <<<"$found") == 4 ]]
 }
 
-# A new certificate, from the agent's need to the authority's signature.
+# A new certificate: the agent's need, the authority's signature and the delivery to the Envoy are one trace.
 check_issuance() {
-    wait_for 120 "spans of a certificate's issuance in Zipkin" has_issuance
-    good "Zipkin has the spans of a certificate's issuance, too: $zipkin/zipkin/traces/$(issuances | grep -o '"traceId":"[0-9a-f]*"' | head -n 1 | cut -d '"' -f 4)"
+    wait_for 120 "a trace from an agent's need to an Envoy's certificate in Zipkin" issuance
+    good "Zipkin has the spans of a certificate's issuance, too: $zipkin/zipkin/traces/$(issuance)"
 }
 
-has_issuance() {
-    local found name
-    found=$(issuances)
-    for name in "${issuers[@]}"; do
-        [[ $found == *"\"serviceName\":\"$name\""* ]] || return
-    done
+# The number of one.
+issuance() {
+    nearby curl --silent --fail "$zipkin/api/v2/traces?serviceName=mica&spanName=sign&limit=20" | sed 's/\],\[/\n/g' |
+        has_span mica-agent certificate | has_span mica sign |
+        has_span mica-agent envoy.service.secret.v3.secretdiscoveryservice/streamsecrets |
+        sed -nE '1s/.*"traceId":"([0-9a-f]*)".*/\1/p' | grep .
 }
 
-issuances() {
-    nearby curl --silent --fail "$zipkin/api/v2/traces?serviceName=mica&spanName=sign&limit=1"
+# Of traces, one a line, those with a span of a service: has_span SERVICE NAME.
+has_span() {
+    grep -E "\"name\":\"$2\"[^}]*\"localEndpoint\":\{\"serviceName\":\"$1\"" || true
 }
 
 check_metrics() {
-    wait_for 90 "seven targets in Prometheus that are up" is_answered 'sum(up) >= 7'
+    local all=${#workloads[@]}
     wait_for 90 "Mica's metrics in Prometheus" is_answered 'sum(mica_certificates_issued_total) > 0'
-    wait_for 90 "Envoy's metrics in Prometheus" is_answered 'sum(envoy_listener_ssl_handshake) > 0'
+    wait_for 90 "the metrics of all agents in Prometheus" is_answered "count(mica_agent_certificates_obtained_total > 0) >= $all"
+    wait_for 90 "the metrics of all Envoys in Prometheus" is_answered "count(sum by (instance) (envoy_listener_ssl_handshake) > 0) >= $all"
     wait_for 90 "refusals in Prometheus" is_answered 'sum(envoy_http_rbac_denied) > 0'
-    good "Prometheus has the metrics of Mica, and those of ${#workloads[@]} Envoys: handshakes, and who was refused"
+    wait_for 90 "targets in Prometheus that are all up" is_answered 'min(up) == 1'
+    good "Prometheus has the metrics of Mica, of $all agents and of $all Envoys: certificates, handshakes, and who was refused"
 }
 
 is_answered() {

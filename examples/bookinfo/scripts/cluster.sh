@@ -2,8 +2,6 @@
 
 export MICA_CLUSTER=${cluster:-$state/cluster}
 declare -gA addresses=()
-# Whose spans the trace of a certificate has: injected agents are told of no Zipkin.
-issuers=(mica)
 
 start_all() {
     local program name
@@ -23,7 +21,9 @@ patches:
     - { op: add, path: /spec/template/spec/containers/0/args/-, value: "--trace-zipkin=http://zipkin.telemetry.svc:9411" }
 YAML
     kubectl apply --kustomize "$state" >/dev/null
-    kubectl kustomize "$here" | "$program" inject --mode agent -f - | kubectl apply --filename - >/dev/null
+    kubectl kustomize "$here" |
+        "$program" inject --mode agent --metrics-address 0.0.0.0:15020 --trace-zipkin http://zipkin.telemetry.svc:9411 -f - |
+        kubectl apply --filename - >/dev/null
     logged telemetry-images make_telemetry_images
     kubectl apply --kustomize "$checkout/examples/telemetry" >/dev/null
     rolled_out istio-system mica

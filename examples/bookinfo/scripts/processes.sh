@@ -6,8 +6,6 @@ door=http://$network.1:8000
 zipkin=http://$shared:9411
 prometheus=http://$shared:9090
 mica_metrics=$shared:15014
-# Whose spans the trace of a certificate has.
-issuers=(mica mica-agent)
 
 address_of() {
     local number=1 name

@@ -18,7 +18,7 @@ use self::edit::{Edit, Put, Sheet};
 pub use self::part::Part;
 pub use self::pod::{
     AGENT, Addition, Agent, CERTIFICATES, CERTIFICATES_PATH, CREDENTIALS, CREDENTIALS_PATH, Decision, FILES,
-    Fault, Place, SOCKET, SOCKET_PATH, SWITCH, Step, What, Wish, lacks, switch,
+    Fault, METRICS, Place, SOCKET, SOCKET_PATH, SWITCH, Step, What, Wish, lacks, switch,
 };
 use self::tree::{Anchors, Kind, Node, Tree};
 use crate::core::documents::{Document, Documents};

@@ -1,5 +1,6 @@
 //! What a pod lacks. Everything is decided here, for manifests and for admission alike.
 
+use core::net::SocketAddr;
 use std::fmt;
 
 use serde_json::Value;
@@ -7,6 +8,7 @@ use serde_json::Value;
 use super::part::Part;
 use crate::core::inspect::one_line;
 use crate::core::spiffe::ServiceAccount;
+use crate::core::url::Collector;
 
 /// Label or annotation of a pod: `"false"` keeps everything out of it.
 pub const SWITCH: &str = "mica.dev/inject";
@@ -26,6 +28,8 @@ pub const FILES: &str = "mica-certs";
 pub const CREDENTIALS: &str = "mica-credentials";
 /// Where the agent has it.
 pub const CREDENTIALS_PATH: &str = "/var/run/secrets/mica";
+/// The port of the agent's metrics, for those who find it by its name.
+pub const METRICS: &str = "mica-metrics";
 /// Of the tokens. A kubelet renews them in time.
 const TOKEN_SECONDS: u64 = 3600;
 /// Who runs the agent where the pod would have it run by root, as in Mica's image.
@@ -46,7 +50,7 @@ pub enum What {
     /// The Secret `istio.<account>`, mounted.
     Secret,
     /// An agent beside the container, which shares its socket with it.
-    Agent(Agent),
+    Agent(Box<Agent>),
     /// A token and the roots for an agent that is there already, in its container.
     Token {
         /// Whom the token is for.
@@ -65,6 +69,12 @@ pub struct Agent {
     pub audience: String,
     /// Where it keeps files for the container, if it is to.
     pub files: Option<String>,
+    /// Where `/livez`, `/readyz` and `/metrics` are, if not for itself alone.
+    pub metrics: Option<SocketAddr>,
+    /// Where it sends spans by OTLP.
+    pub otlp: Option<Collector>,
+    /// Where it sends spans to Zipkin.
+    pub zipkin: Option<Collector>,
 }
 
 /// Something to put into a pod.
@@ -220,6 +230,9 @@ pub fn lacks(pod: &Value, wish: &Wish) -> Result<Decision, Fault> {
             if let Some(files) = &agent.files {
                 mount(FILES, files, false)?;
             }
+            if let Some(address) = agent.metrics {
+                pod.has_room_for(address.port())?;
+            }
             let sidecar = pod.agent(agent, container);
             if !pod.has_agent(&sidecar)? {
                 additions.push(Addition { place: Place::InitContainers, value: sidecar });
@@ -335,6 +348,32 @@ impl<'a> Pod<'a> {
         Ok(false)
     }
 
+    /// The agent begins before the others, and would have their port.
+    fn has_room_for(&self, port: u16) -> Result<(), Fault> {
+        for list in ["containers", "initContainers"] {
+            for (index, container) in self.list(list)?.iter().enumerate() {
+                let name = text_of(container, "name").unwrap_or_default();
+                let at = [Step::Key("spec"), Step::Key(list), Step::Index(index)];
+                let ports = list_of(container, "ports", &at)?;
+                let taken = ports.iter().position(|one| {
+                    one.get("containerPort").and_then(Value::as_u64) == Some(port.into())
+                        && text_of(one, "protocol").is_none_or(|protocol| protocol == "TCP")
+                });
+                if let Some(taken) = taken.filter(|_| name != AGENT) {
+                    let reason = format!(
+                        "the port {port} is that of the container {}, and cannot be the agent's too; choose another one for its metrics",
+                        shown(name)
+                    );
+                    return Err(Fault {
+                        path: [&at[..], &[Step::Key("ports"), Step::Index(taken)]].concat(),
+                        reason,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn agent(&self, agent: &Agent, beside: &Value) -> Part {
         let mut args = vec![
             Part::text("agent"),
@@ -342,9 +381,15 @@ impl<'a> Pod<'a> {
             Part::Text(format!("--authority-roots={CREDENTIALS_PATH}/root-cert.pem")),
             Part::Text(format!("--token-file={CREDENTIALS_PATH}/token")),
             Part::Text(format!("--socket={SOCKET_PATH}/agent.sock")),
-            // Istio's agent has the port that is usual, in the same pod.
-            Part::text("--http-address=127.0.0.1:0"),
+            Part::Text(match agent.metrics {
+                Some(address) => format!("--http-address={address}"),
+                // Istio's agent has the port that is usual, in the same pod.
+                None => "--http-address=127.0.0.1:0".to_owned(),
+            }),
         ];
+        for (flag, collector) in [("--trace-otlp", &agent.otlp), ("--trace-zipkin", &agent.zipkin)] {
+            args.extend(collector.iter().map(|collector| Part::Text(format!("{flag}={}", collector.url()))));
+        }
         let mut mounts =
             vec![mount_of(CREDENTIALS, CREDENTIALS_PATH, false), mount_of(SOCKET, SOCKET_PATH, true)];
         let mut probe = None;
@@ -374,6 +419,11 @@ impl<'a> Pod<'a> {
             ("restartPolicy", Part::text("Always")),
             ("args", Part::List(args)),
         ];
+        fields.extend(agent.metrics.map(|address| {
+            let port =
+                vec![("name", Part::text(METRICS)), ("containerPort", Part::Number(address.port().into()))];
+            ("ports", Part::List(vec![Part::Map(port)]))
+        }));
         fields.extend(probe.map(|probe| ("startupProbe", probe)));
         fields.push(("securityContext", Part::Map(security)));
         fields.push(("volumeMounts", Part::List(mounts)));

@@ -3,19 +3,38 @@ use std::fmt::Write as _;
 use proptest::prelude::*;
 
 use super::*;
+use crate::core::url::Collector;
 
 fn secret() -> Wish {
     Wish { container: "istio-proxy".to_owned(), what: What::Secret }
 }
 
 fn agent(files: Option<&str>) -> Wish {
-    let agent = Agent {
+    with_agent(Agent {
         image: "registry.example.org/mica:1".to_owned(),
         authority: "mica.istio-system.svc:15012".to_owned(),
         audience: "istio-ca".to_owned(),
         files: files.map(str::to_owned),
-    };
-    Wish { container: "istio-proxy".to_owned(), what: What::Agent(agent) }
+        metrics: None,
+        otlp: None,
+        zipkin: None,
+    })
+}
+
+/// One that others look at.
+fn observed() -> Wish {
+    let What::Agent(agent) = agent(None).what else { panic!() };
+    let collector = |text: &str, path: &str| Some(Collector::new(text, path).unwrap());
+    with_agent(Agent {
+        metrics: Some("0.0.0.0:15020".parse().unwrap()),
+        otlp: collector("http://otel:4318", "/v1/traces"),
+        zipkin: collector("https://zipkin.example.org/spans?a=b", "/api/v2/spans"),
+        ..*agent
+    })
+}
+
+fn with_agent(agent: Agent) -> Wish {
+    Wish { container: "istio-proxy".to_owned(), what: What::Agent(Box::new(agent)) }
 }
 
 fn token() -> Wish {
@@ -429,6 +448,64 @@ fn the_token_is_for_the_agent_alone() {
     assert!(said.contains("a container mica-agent is there, and is not the one"), "{said}");
 }
 
+#[test]
+fn an_agent_sends_spans_and_shows_metrics_where_it_is_told_to() {
+    let text = pod("containers: [{name: istio-proxy}]");
+    let agent_of = |wish: &Wish| {
+        let with = into_manifests(text.as_bytes(), wish).unwrap().text;
+        assert_eq!(into_manifests(with.as_bytes(), wish).unwrap().text, with);
+        let value: Value = serde_saphyr::from_str(&with).unwrap();
+        (with, value.pointer("/spec/initContainers/0").unwrap().clone())
+    };
+    let (quiet, container) = agent_of(&agent(None));
+    assert!(container.get("ports").is_none());
+    assert!(container["args"].as_array().unwrap().contains(&json!("--http-address=127.0.0.1:0")));
+    let (loud, container) = agent_of(&observed());
+    assert_eq!(container["ports"], json!([{"name": METRICS, "containerPort": 15020}]));
+    let flags = &container["args"].as_array().unwrap()[5..];
+    let wanted = [
+        "--http-address=0.0.0.0:15020",
+        "--trace-otlp=http://otel:4318/v1/traces",
+        "--trace-zipkin=https://zipkin.example.org/spans?a=b",
+    ];
+    assert_eq!(flags, wanted);
+    // An API server adds the protocol.
+    let stored = loud.replace("containerPort: 15020", "containerPort: 15020\n      protocol: TCP");
+    assert_eq!(into_manifests(stored.as_bytes(), &observed()).unwrap().text, stored);
+    // One that is there and does otherwise is none of the two.
+    for (there, wish) in [(&quiet, observed()), (&loud, agent(None))] {
+        let said = into_manifests(there.as_bytes(), &wish).unwrap_err().to_string();
+        assert!(said.contains("a container mica-agent is there, and is not the one"), "{said}");
+    }
+}
+
+#[test]
+fn a_port_of_another_container_is_not_taken_from_it() {
+    for (ports, is_taken) in [
+        ("[{containerPort: 8080}, {containerPort: 15020}]", true),
+        ("[{containerPort: 15020, protocol: TCP}]", true),
+        ("[{containerPort: 15020, protocol: UDP}]", false),
+        ("[{containerPort: 8080, hostPort: 15020}]", false),
+    ] {
+        for list in ["containers", "initContainers"] {
+            let other = format!("{{name: web, ports: {ports}}}");
+            let text = match list {
+                "containers" => pod(&format!("containers:\n- name: istio-proxy\n- {other}")),
+                _ => pod(&format!("containers: [{{name: istio-proxy}}]\ninitContainers:\n- {other}")),
+            };
+            match into_manifests(text.as_bytes(), &observed()) {
+                Ok(_) => assert!(!is_taken, "{text}"),
+                Err(error) => {
+                    let said = error.to_string();
+                    let wanted = ", line 7: Pod web: the port 15020 is that of the container web, and cannot";
+                    assert!(is_taken && said.contains(wanted), "{said}");
+                }
+            }
+            into_manifests(text.as_bytes(), &agent(None)).unwrap();
+        }
+    }
+}
+
 /// A manifest to be written in many ways.
 enum Item {
     /// As it stands.
@@ -693,11 +770,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn whatever_the_layout_exactly_that_is_put_in(seed in any::<u64>(), way in 0usize..4) {
+    fn whatever_the_layout_exactly_that_is_put_in(seed in any::<u64>(), way in 0usize..5) {
         let wish = match way {
             0 => secret(),
             1 => agent(None),
             2 => agent(Some("/etc/certs")),
+            3 => observed(),
             _ => token(),
         };
         let mut writer = Writer { state: seed, out: String::new(), newline: "\n" };

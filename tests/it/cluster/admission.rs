@@ -238,12 +238,26 @@ fn its_trust_is_mended_and_while_it_is_away_pods_wait_or_go_without_as_chosen() 
 fn an_agent_is_put_beside_the_proxy_and_alone_has_the_token() {
     let webhook = Webhook::new();
     good(&webhook.plane, &["label", "namespace", "shop", "pod-security.kubernetes.io/enforce=restricted"]);
-    let mica = webhook.start(&["--inject-mode=agent", "--inject-files=/etc/certs"]);
+    let mica = webhook.start(&[
+        "--inject-mode=agent",
+        "--inject-files=/etc/certs",
+        "--inject-metrics-address=0.0.0.0:15020",
+        "--inject-trace-otlp=http://otel-collector.observability:4318",
+        "--inject-trace-zipkin=http://zipkin.observability:9411",
+    ]);
     wait_for(SOON, "the caBundles", || webhook.is_trusted().then_some(()));
     let with_agent = |pod: &Value| pod["spec"].get("initContainers").is_some();
     let pod = wait_for(SOON, "a pod with an agent", || webhook.pod("shop", |_| {}).ok().filter(with_agent));
     let agent = &pod["spec"]["initContainers"][0];
     assert_eq!((&agent["name"], &agent["restartPolicy"]), (&json!("mica-agent"), &json!("Always")));
+    assert_eq!(agent["ports"][0]["name"], "mica-metrics");
+    for flag in [
+        "--http-address=0.0.0.0:15020",
+        "--trace-otlp=http://otel-collector.observability:4318/v1/traces",
+        "--trace-zipkin=http://zipkin.observability:9411/api/v2/spans",
+    ] {
+        assert!(agent["args"].as_array().unwrap().contains(&flag.into()), "{agent}");
+    }
     let token = "mica-credentials";
     assert!(mounts(&pod, "initContainers", "mica-agent").contains(&token));
     for container in ["web", "istio-proxy"] {

@@ -153,6 +153,12 @@ fn an_api_server_takes_every_kind_and_finds_nothing_else_changed() {
     let enforce = "pod-security.kubernetes.io/enforce=restricted";
     good(plane, &["label", "namespace", name, enforce, "pod-security.kubernetes.io/warn=restricted"]);
     let agent = ["--mode", "agent", "--files", "/etc/certs"];
+    let observed = [
+        "--mode=agent",
+        "--metrics-address=0.0.0.0:15020",
+        "--trace-otlp=http://otel-collector.observability:4318",
+        "--trace-zipkin=http://zipkin.observability:9411",
+    ];
     for text in workloads() {
         let before = as_stored(plane, name, &text);
         assert_eq!(before.len(), 9);
@@ -170,6 +176,7 @@ fn an_api_server_takes_every_kind_and_finds_nothing_else_changed() {
                 &["mica-socket", "mica-certs"],
                 &["mica-agent"],
             ),
+            (&observed, &["mica-credentials", "mica-socket"], &["mica-socket"], &["mica-agent"]),
         ] {
             let after_text = injected(&text, arguments);
             assert_eq!(injected(&after_text, arguments), after_text);

@@ -383,6 +383,13 @@ fn whoever_has_micas_token_writes_nothing_but_what_mica_writes() {
     granted("PATCH", &format!("{}/istio-ca-root-cert", maps[0]), json!({"data": {"root-cert.pem": "x"}}));
     granted("POST", &format!("{}?dryRun=All", maps[1]), roots("mica-authority"));
     granted("POST", &format!("{}?dryRun=All", maps[0]), roots("mica-federated-bundles"));
+    // In Mica's own namespace nobody else's word counts.
+    let (foreign, bundles_of) = (format!("{}?dryRun=All", maps[1]), roots("mica-federated-bundles"));
+    granted("POST", &foreign, bundles_of.clone());
+    let (code, said) = wait_for(Duration::from_secs(20), "its policy", || {
+        ask(&somebody, "POST", &foreign, &bundles_of).err()
+    });
+    assert!(code == 403 && said.contains("nobody but mica writes"), "{said}");
     refused("POST", &maps[0], roots("mica-authority"));
     refused("POST", &maps[0], roots("kube-root-ca.crt"));
     refused(
