@@ -436,14 +436,15 @@ impl Place {
         while !delivered() {
             std::thread::sleep(Duration::from_millis(100));
         }
-        std::thread::sleep(Duration::from_secs(5));
+        // The first look at a folder that was written reads it.
+        std::thread::sleep(Duration::from_secs(25));
         let before = floor::of_process(agent.id());
-        std::thread::sleep(Duration::from_secs(20));
+        std::thread::sleep(Duration::from_secs(40));
         let idle = floor::of_process(agent.id()) - before;
         let memory = floor::resident(agent.id());
         agent.kill().unwrap();
         agent.wait().unwrap();
-        (memory, idle.as_secs_f64() / 20.0)
+        (memory, idle.as_secs_f64() / 40.0)
     }
 }
 

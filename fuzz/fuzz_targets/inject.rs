@@ -3,6 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use mica::core::inject::{Agent, Outcome, What, Wish, into_manifests};
+use mica::core::url::Collector;
 
 const POD: &[u8] = b"apiVersion: v1\nkind: Pod\nspec:\n  containers:\n  - name: istio-proxy\n    x: ";
 
@@ -12,8 +13,11 @@ fuzz_target!(|data: &[u8]| {
         authority: "mica.istio-system.svc:15012".to_owned(),
         audience: "istio-ca".to_owned(),
         files: Some("/etc/certs".to_owned()),
+        metrics: "0.0.0.0:15020".parse().ok(),
+        otlp: None,
+        zipkin: Collector::new("http://zipkin:9411", "/api/v2/spans").ok(),
     };
-    for what in [What::Secret, What::Agent(agent)] {
+    for what in [What::Secret, What::Agent(Box::new(agent))] {
         let wish = Wish { container: "istio-proxy".to_owned(), what };
         let within = [POD, data].concat();
         for text in [data, within.as_slice()] {

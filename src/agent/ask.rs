@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tonic::{Code, Streaming};
 use zeroize::Zeroizing;
 
@@ -27,6 +29,8 @@ use crate::sys::{clock, files, keys};
 use crate::trace::Span;
 
 const MAX_ROOTS: u64 = 1 << 20;
+/// The authority's roots that were read this long ago may have changed.
+const LOOK_AT_ROOTS: Duration = Duration::from_secs(1);
 
 /// Why there is no certificate, or not one that peers would take.
 #[derive(Debug, thiserror::Error)]
@@ -121,11 +125,19 @@ pub struct Asker {
     authority: Authority,
     lifetime: Option<Lifetime>,
     kind: KeyKind,
-    /// A connection without a client certificate, for all that is asked with tokens, and the roots, as they are written,
-    /// that it was made with.
-    shared: Mutex<Option<(Zeroizing<Vec<u8>>, Client)>>,
+    /// For all that is asked with tokens.
+    shared: Mutex<Option<Shared>>,
     /// Tells this agent's reports from those of others of the same account.
     reporter: String,
+}
+
+/// A connection that shows no certificate.
+struct Shared {
+    client: Client,
+    /// As they are written: what it was made with,
+    roots: Zeroizing<Vec<u8>>,
+    /// and when that was last looked at.
+    looked: Instant,
 }
 
 impl Asker {
@@ -279,7 +291,6 @@ impl Asker {
         Err(refused.unwrap_or(Error::NoCredential))
     }
 
-    /// As they are written: read for each request, since they may change at any time.
     fn written_roots(&self) -> Result<Zeroizing<Vec<u8>>, files::Error> {
         files::read(&self.authority.roots, MAX_ROOTS)
     }
@@ -292,20 +303,20 @@ impl Asker {
     }
 
     async fn client(&self, credential: Credential) -> Result<Client, Error> {
-        let roots = self.written_roots()?;
         if !matches!(credential, Credential::Token(_)) {
-            return Ok(Client::connect(self.target(&roots, credential)?).await?);
+            return Ok(Client::connect(self.target(&self.written_roots()?, credential)?).await?);
         }
         // Held while connecting: many who ask at once share one connection.
         let mut shared = self.shared.lock().await;
+        if let Some(known) = shared.as_ref().filter(|known| known.looked.elapsed() < LOOK_AT_ROOTS) {
+            return Ok(known.client.showing(credential));
+        }
+        let (roots, looked) = (self.written_roots()?, Instant::now());
         let client = match &*shared {
-            Some((same, client)) if *same == roots => client.clone(),
-            _ => {
-                let client = Client::connect(self.target(&roots, Credential::None)?).await?;
-                *shared = Some((roots, client.clone()));
-                client
-            }
+            Some(known) if known.roots == roots => known.client.clone(),
+            _ => Client::connect(self.target(&roots, Credential::None)?).await?,
         };
+        *shared = Some(Shared { client: client.clone(), roots, looked });
         Ok(client.showing(credential))
     }
 }

@@ -26,15 +26,17 @@ use crate::trace::Span;
 /// Damage is noticed this late,
 const LOOK: Duration = Duration::from_secs(3);
 /// and where there are many folders later, so that looking at one takes a small part of this time.
-const LOOK_AT_EACH: Duration = Duration::from_millis(25);
+const LOOK_AT_EACH: Duration = Duration::from_millis(40);
 /// Readers of the set before have this long to read what they have opened.
 const READERS: Duration = Duration::from_secs(1);
 
 /// How files are written, and who is told.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How many folders there are.
+    /// How many folders there are,
     pub folders: u32,
+    /// and since when they are looked at, all at the same times, so that looking wakes the agent once and not for each.
+    pub since: Instant,
     /// Of the files.
     pub access: Access,
     /// What chain, key and trust bundle are called, if not as Istio calls them.
@@ -114,6 +116,11 @@ impl Folder {
         let mut stamp: Option<u64> = None;
         let mut failures = 0;
         let look = LOOK.max(LOOK_AT_EACH.saturating_mul(self.options.folders));
+        let since = self.options.since;
+        let next_look = move || {
+            let past = since.elapsed().as_secs_f64() % look.as_secs_f64();
+            Instant::now() + look - Duration::from_secs_f64(past)
+        };
         loop {
             let wanted = {
                 let (svid, bundles) = (svid.borrow_and_update(), bundles.borrow_and_update());
@@ -124,7 +131,7 @@ impl Folder {
                     _ => None,
                 }
             };
-            let mut next = Instant::now() + look;
+            let mut next = next_look();
             if let Some((wanted, svid, bundles)) = wanted {
                 let before = self.single.stamp();
                 let was_awaited = written.as_ref().is_none_or(|set| set.chain_pem != wanted.chain_pem);
@@ -159,7 +166,7 @@ impl Folder {
                 if stamp.is_none() || self.single.stamp() != stamp {
                     break;
                 }
-                next = Instant::now() + look;
+                next = next_look();
             }
         }
     }

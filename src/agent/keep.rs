@@ -1,7 +1,7 @@
 //! The loop that keeps what is held fresh. It goes by the wall clock, on which certificates end, and looks at it every
 //! few seconds, so that a clock that is set and a machine that slept are noticed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
 use std::path::Path;
 use std::pin::pin;
@@ -43,7 +43,13 @@ const SPREAD: Duration = Duration::from_secs(300);
 /// Keeps all identities that are wanted, for ever.
 pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeId>) {
     let (hint, mut hints) = watch::channel(None);
-    let mut keeper = Keeper { agent: agent.clone(), entries: HashMap::new(), tasks: JoinSet::new(), hint };
+    let mut keeper = Keeper {
+        agent: agent.clone(),
+        entries: HashMap::new(),
+        line: VecDeque::new(),
+        tasks: JoinSet::new(),
+        hint,
+    };
     if agent.wishes.own.is_some() {
         keeper.begin(agent.own.borrow().clone());
     }
@@ -52,8 +58,6 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
     let mut files = Files::default();
     loop {
         let wait = keeper.ask_for_what_is_due();
-        let failing = keeper.entries.values().any(|entry| entry.failures > 0);
-        let wait = wait.min(if failing { LOOK_AT_FILES } else { LOOK });
         tokio::select! {
             Some(ended) = keeper.tasks.join_next(), if !keeper.tasks.is_empty() => match ended {
                 Ok((key, outcome)) => keeper.settle(key, outcome),
@@ -67,6 +71,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
             }
             never = &mut follow => match never {},
             () = sleep(wait) => {
+                let failing = keeper.entries.values().any(|entry| entry.failures > 0);
                 if failing && files.changed(&agent.wishes) {
                     keeper.try_failed_now();
                 }
@@ -109,6 +114,8 @@ struct Keeper {
     agent: Arc<Agent>,
     /// None is the agent's own identity, as long as nobody knows it.
     entries: HashMap<Key, Entry>,
+    /// What was due when it was last looked for, and has to wait for room.
+    line: VecDeque<Key>,
     tasks: JoinSet<(Key, Outcome)>,
     /// What was issued before is to be renewed early.
     hint: watch::Sender<Option<OffsetDateTime>>,
@@ -128,11 +135,24 @@ impl Keeper {
 
     /// Sends what can be sent, and says how long nothing else is due.
     fn ask_for_what_is_due(&mut self) -> Duration {
-        let places = AT_ONCE.saturating_sub(self.tasks.len());
-        // Whatever ends first makes room, and wakes the loop.
-        if places == 0 {
-            return LOOK;
+        let mut wait = LOOK;
+        let mut has_looked = false;
+        // Whatever ends makes room, and wakes the loop.
+        while self.tasks.len() < AT_ONCE {
+            match self.line.pop_front() {
+                Some(key) => self.ask(key),
+                None if has_looked => break,
+                None => {
+                    wait = self.line_up();
+                    has_looked = true;
+                }
+            }
         }
+        wait
+    }
+
+    /// Puts what is due into the line, the longest due first, and says how long nothing else is.
+    fn line_up(&mut self) -> Duration {
         let now = clock::both();
         let mut wait = LOOK;
         let mut due: Vec<(Due, &Key)> = Vec::new();
@@ -141,14 +161,12 @@ impl Keeper {
                 Duration::ZERO => due.push((entry.due, key)),
                 left => wait = wait.min(left),
             }
+            if entry.failures > 0 {
+                wait = wait.min(LOOK_AT_FILES);
+            }
         }
-        if due.len() > places {
-            due.select_nth_unstable(places);
-        }
-        let due: Vec<Key> = due.into_iter().take(places).map(|(_, key)| key.clone()).collect();
-        for key in due {
-            self.ask(key);
-        }
+        due.sort_unstable();
+        self.line = due.into_iter().map(|(_, key)| key.clone()).collect();
         wait
     }
 
@@ -163,7 +181,7 @@ impl Keeper {
             Some(id) => self.agent.wish(id),
             None => self.agent.own_wish(),
         };
-        let Some(entry) = self.entries.get_mut(&key) else { return };
+        let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.asked.is_none()) else { return };
         if entry.failures == 0 && entry.is_early(clock::both()) {
             tracing::warn!(identity = ?key, "the clock was set back: the certificate is not valid yet, and is renewed at once");
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::serve::{Error, GRACE, Signals, bind, fault, stopping, unexpected, until, usage};
 use crate::admin;
@@ -86,8 +87,9 @@ async fn start(args: Args) -> Result<(), Error> {
     let mut folders = Vec::new();
     let paths = folders_of(&args, workloads.as_deref())?;
     let count = u32::try_from(paths.len()).unwrap_or(u32::MAX);
+    let options = files(&args, names, count);
     for (id, path) in paths {
-        let folder = Folder::open(path, files(&args, names.clone(), count)).map_err(usage)?;
+        let folder = Folder::open(path, options.clone()).map_err(usage)?;
         let taken = folder.take_over(&agent, id.as_ref().or(args.identity.as_ref()));
         if let (None, Some(own)) = (&id, taken) {
             agent.is(&own);
@@ -234,5 +236,5 @@ fn files(args: &Args, names: [String; 3], folders: u32) -> Options {
         ([], ..) => None,
         (words, ..) => Some(Told::Program(words.to_vec())),
     };
-    Options { folders, access, names: Some(names), told }
+    Options { folders, since: Instant::now(), access, names: Some(names), told }
 }

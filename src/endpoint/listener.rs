@@ -29,12 +29,19 @@ pub(super) async fn accept(
     accepted: mpsc::Sender<io::Result<Connection>>,
 ) {
     let places = Places::<u32, u32>::new(most);
+    let is_handed_over = Process::is_handed_over();
     let mut before = Moment::now();
     loop {
-        if let Some(moment) = Moment::when_nobody_waits(&listener) {
-            before = moment;
-        }
-        let Ok(outcome) = timeout(LOOK, listener.accept()).await else { continue };
+        let outcome = match is_handed_over {
+            true => listener.accept().await,
+            false => {
+                if let Some(moment) = Moment::when_nobody_waits(&listener) {
+                    before = moment;
+                }
+                let Ok(outcome) = timeout(LOOK, listener.accept()).await else { continue };
+                outcome
+            }
+        };
         let stream = match outcome {
             Ok((stream, _)) => stream,
             Err(fault) => {

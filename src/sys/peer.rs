@@ -84,6 +84,12 @@ impl Moment {
 }
 
 impl Process {
+    /// Whether the kernel hands over who connected (Linux 6.5), so that it does not matter when that was.
+    pub fn is_handed_over() -> bool {
+        std::os::unix::net::UnixStream::pair()
+            .is_ok_and(|(one, _)| getsockopt(&one, sockopt::PeerPidfd).is_ok())
+    }
+
     /// Who connected. `before` is a moment before the connection was made.
     pub fn at_other_end(socket: &UnixStream, before: Moment) -> Result<Self, Error> {
         let told = socket.peer_cred();
