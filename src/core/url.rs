@@ -74,7 +74,10 @@ pub struct Collector(Url);
 impl Collector {
     /// `path` is the one that collectors have by default, for a URL that names none.
     pub fn new(text: &str, path: &str) -> Result<Self, Error> {
-        let (uri, _) = parsed(text)?;
+        let (uri, _) = parsed(text).map_err(|fault| match fault {
+            Error::Plain(text) => Error::Form(text, "it begins with neither https:// nor http://".to_owned()),
+            fault => fault,
+        })?;
         if uri.path() != "/" || uri.query().is_some() {
             return Ok(Self(Url { text: text.to_owned(), uri }));
         }
