@@ -363,9 +363,9 @@ impl Delivery {
     /// Begins with nothing known, and ends when it is dropped.
     async fn term(&self, inbox: &mut mpsc::Receiver<Event>, first: &mut Option<oneshot::Sender<Report>>) {
         let Self { objects, wanted, authority, namespaces, .. } = self;
-        let flips = namespaces.flips();
-        // Nobody is given up for not being known yet.
+        // Nobody is given up for not being known yet, and what is known from the beginning is no news.
         namespaces.completed().await;
+        let flips = namespaces.flips();
         let mut source = AccountSource::new(objects.clone(), wanted.clone());
         let secrets = Arc::new(Secrets::new(
             &self.cluster,

@@ -196,8 +196,8 @@ impl Roots {
             let roots = self.clone();
             watches.spawn(async move { roots.watch(scope).await });
         }
-        let flips = self.namespaces.flips();
         self.namespaces.completed().await;
+        let flips = self.namespaces.flips();
         let mut term = Term::new(self);
         self.namespaces.all().into_iter().for_each(|namespace| term.look(Place::Namespace(namespace)));
         let mut look = tokio::time::interval(LOOK);

@@ -516,6 +516,7 @@ impl<S: Sink> Reconciler<S> {
                     // Another account of the same name, if it is named again.
                     entry.observed = match entry.observed.take() {
                         None if is_new => unseen(),
+                        Some(Observed::Absent) if S::TELLS => unseen(),
                         _ if desired => None,
                         known => known,
                     };

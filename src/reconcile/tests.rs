@@ -16,6 +16,7 @@ use crate::sys::keys;
 #[derive(Default)]
 struct Places {
     sets: Mutex<HashMap<ServiceAccount, CertificateSet>>,
+    reads: Mutex<Vec<ServiceAccount>>,
     writes: Mutex<Vec<ServiceAccount>>,
     failing: Mutex<HashSet<ServiceAccount>>,
     stuck: Mutex<HashSet<ServiceAccount>>,
@@ -56,6 +57,7 @@ impl Sink for Places {
     }
 
     async fn read(&self, account: &ServiceAccount) -> Result<Found, Error> {
+        self.reads.lock().unwrap().push(account.clone());
         Ok(match self.sets.lock().unwrap().get(account) {
             Some(set) => Found::Set(FoundSet { set: set.clone(), loose: None, marked: true }),
             None => Found::Absent,
@@ -195,6 +197,17 @@ async fn what_was_told_of_is_not_written_and_what_nobody_has_is_removed() {
     let mut written = running.places.written().split_off(2);
     written.sort();
     assert_eq!(written, [all[0].clone(), all[2].clone()]);
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_not_read_however_often_it_is_asked_for() {
+    let mut running = Running::start();
+    let all = accounts(3);
+    running.add(&all).await;
+    running.add(&all).await;
+    running.listed().await;
+    assert_eq!(running.first().await.issued, 3);
+    assert_eq!(*running.places.reads.lock().unwrap(), []);
 }
 
 #[tokio::test]

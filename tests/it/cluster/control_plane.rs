@@ -506,10 +506,11 @@ fn authority() -> CertifiedIssuer<'static, KeyPair> {
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-/// Below those that the kernel gives to whoever asks for any, so that nobody else has it a moment later.
+/// Below those that the kernel gives to whoever asks for any, so that nobody else has it a moment later; processes that
+/// start together begin far from each other.
 pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let begin = u16::try_from(std::process::id() % 12_000).unwrap();
+    let begin = u16::try_from(std::process::id() % 120 * 100).unwrap();
     loop {
         let port = 20_000 + (begin + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
