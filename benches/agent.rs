@@ -393,11 +393,13 @@ impl Place {
         let agent = Arc::new(agent);
         let watched: Vec<_> = (0..MANY).map(|n| agent.held.pin(&Self::id(n))).collect();
         let keeping = self.runtime.spawn(mica::agent::keep(agent, wanted));
-        self.runtime.block_on(async {
+        // Not on a thread of its own, which each certificate would wake.
+        let waiting = self.runtime.spawn(async move {
             for mut one in watched {
                 one.wait_for(Option::is_some).await.unwrap();
             }
         });
+        self.runtime.block_on(waiting).unwrap();
         let elapsed = begun.elapsed();
         keeping.abort();
         elapsed

@@ -48,6 +48,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         entries: HashMap::new(),
         line: VecDeque::new(),
         tasks: JoinSet::new(),
+        judged: None,
         hint,
     };
     if agent.wishes.own.is_some() {
@@ -117,6 +118,8 @@ struct Keeper {
     /// What was due when it was last looked for, and has to wait for room.
     line: VecDeque<Key>,
     tasks: JoinSet<(Key, Outcome)>,
+    /// The roots that all that is held was judged by.
+    judged: Option<TrustBundle>,
     /// What was issued before is to be renewed early.
     hint: watch::Sender<Option<OffsetDateTime>>,
 }
@@ -279,6 +282,11 @@ impl Keeper {
     fn judge_again(&mut self) {
         let Some(bundles) = self.agent.held.bundles().borrow().clone() else { return };
         let Some(roots) = bundles.roots() else { return };
+        // Another bundle that was taken, with the same roots, changes nothing.
+        if self.judged.as_ref().is_some_and(|judged| judged.same_roots(roots)) {
+            return;
+        }
+        self.judged = Some(roots.clone());
         let now = clock::both();
         for (key, entry) in &mut self.entries {
             let Some(svid) = &entry.svid else { continue };
