@@ -280,7 +280,7 @@ impl Place {
             format!("apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: a{n}, namespace: many}}\n---\n")
         };
         std::fs::write(path("manifests/all.yaml"), (0..MANY).map(account).collect::<String>()).unwrap();
-        let mica = || Command::new(env!("CARGO_BIN_EXE_mica"));
+        let mica = || Command::new(floor::program());
         // Inherited.
         pin(0);
         let authority = mica()
@@ -414,7 +414,7 @@ impl Place {
         };
         let entries: String = (0..MANY).map(entry).collect();
         std::fs::write(path("workloads.yaml"), format!("workloads:\n{entries}")).unwrap();
-        let mut agent = Command::new(env!("CARGO_BIN_EXE_mica"))
+        let mut agent = Command::new(floor::program())
             .args(["agent", "--http-address", "127.0.0.1:0", "--authority-address", &self.address])
             .arg("--authority-roots")
             .arg(self.roots())

@@ -123,7 +123,7 @@ struct Mica {
 impl Mica {
     fn start(plane: &ControlPlane) -> Self {
         let place = tempfile::tempdir().unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_mica"))
+        let child = Command::new(floor::program())
             .args(["serve", "--kube", "--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"])
             .arg("--data-dir")
             .arg(place.path().join("data"))

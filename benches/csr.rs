@@ -531,7 +531,7 @@ impl Place {
     }
 
     fn start(&self, cores: &[usize]) -> Mica {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mica"));
+        let mut command = Command::new(floor::program());
         command.arg("serve").arg(self.path("manifests")).arg("--data-dir").arg(self.path("data"));
         command.args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]);
         command.arg("--trial-tokens").stdin(Stdio::null()).stdout(Stdio::null());

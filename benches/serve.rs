@@ -140,7 +140,7 @@ impl Place {
     fn spawn(&self) -> Child {
         let data = self.root.path().join("data");
         let _ = fs::remove_file(data.join("addresses.json"));
-        Command::new(env!("CARGO_BIN_EXE_mica"))
+        Command::new(floor::program())
             .arg("serve")
             .arg(self.source())
             .arg("--data-dir")

@@ -1,6 +1,7 @@
 //! What the benches hold Mica against: the signature, the files, and the kernel's own accounts of CPU time.
 #![allow(dead_code, reason = "each bench needs some of it")]
 
+use std::ffi::OsString;
 use std::fs;
 use std::hint::black_box;
 use std::io::Write as _;
@@ -12,6 +13,12 @@ use mica::core::plan::CertificateSet;
 use mica::core::spiffe::ServiceAccount;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+
+/// The program that is measured: the one that cargo builds with the benches, which has what tests need in it, or that of
+/// `cargo build --release`, whose path `MICA_PROGRAM` gives.
+pub(crate) fn program() -> OsString {
+    std::env::var_os("MICA_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_mica").into())
+}
 
 /// A delivered folder's names and its atomic publication, and nothing else. Nothing is synced, as Mica's is not.
 pub(crate) fn write(root: &Path, account: &ServiceAccount, set: &CertificateSet) {
