@@ -383,7 +383,9 @@ async fn an_opentelemetry_collector_reads_the_spans() {
     assert_eq!(refused["Status code"], "Error");
     assert_eq!(refused["Parent ID"], "");
     assert!(text.contains("service.name: Str(mica)"), "{text}");
-    assert!(mica.metric("mica_trace_spans_sent_total{exporter=\"otlp\"}") > 5.0);
+    wait_for(Duration::from_secs(5), "the collector's answer", || {
+        (mica.metric("mica_trace_spans_sent_total{exporter=\"otlp\"}") > 5.0).then_some(())
+    });
     mica.stop();
 }
 

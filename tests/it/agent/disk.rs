@@ -34,7 +34,8 @@ fn a_full_disk_keeps_the_set_before_and_nobody_from_the_certificate_after() {
         Some(line.to_owned())
     });
     assert!(said.contains("no space left on device") && said.contains("certs"), "{said}");
-    assert!(agent.metric("mica_agent_file_failures_total") > 0.0);
+    let failures = || agent.metric("mica_agent_file_failures_total");
+    wait_for(SOON, "it to be counted", || (failures() > 0.0).then_some(()));
     assert_eq!(leaf_in(&certs).map(|leaf| leaf.serial_text()), Ok(first.clone()));
     let third = workload.wait_for_another(&second, Duration::from_secs(20));
     assert_eq!(whole(&certs), set);

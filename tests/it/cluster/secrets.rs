@@ -182,7 +182,8 @@ fn what_others_do_to_a_secret_is_undone() {
         secrets.patch("web", patch);
         serial = secrets.wait_for_another("web", &serial, PROMPT);
     }
-    assert_eq!(mica.metric("citadel_secret_controller_secret_deleted_cert_count"), 5.0);
+    let repaired = || mica.metric("citadel_secret_controller_secret_deleted_cert_count");
+    wait_for(PROMPT, "the last one to be counted", || (repaired() == 5.0).then_some(()));
     secrets.delete("web");
     serial = secrets.wait_for_another("web", &serial, PROMPT);
 
@@ -338,7 +339,9 @@ fn istios_secrets_are_taken_over_and_others_left_alone() {
         let now = runtime().block_on(secrets.api.get(secret.metadata.name.as_ref().unwrap())).unwrap();
         assert_eq!(now, *secret);
     }
-    assert_eq!(mica.metric("mica_identities{state=\"foreign\"}"), 0.0);
+    wait_for(PROMPT, "none to be counted", || {
+        (mica.metric("mica_identities{state=\"foreign\"}") == 0.0).then_some(())
+    });
 
     // Once they are out of the way, the account has its own: at once if it is told of, else soon.
     namespace.account("unnamed");

@@ -233,7 +233,7 @@ async fn an_agents_first_answer_is_of_whom_its_credential_is() {
                 agent.log().lines().find(|line| line.contains("what peers would refuse")).map(str::to_owned)
             });
             assert!(why.contains(other) && why.contains(shown), "{why}");
-            assert!(agent.metric(failures) > 0.0);
+            wait_for(soon, "it to be counted", || (agent.metric(failures) > 0.0).then_some(()));
             assert!(!place.path(&format!("files-{credential}/cert-chain.pem")).exists());
             *impostor.0.lock().unwrap() = says(ID);
             wait_for(soon, "a certificate", || (agent.page("/readyz").0 == 200).then_some(()));

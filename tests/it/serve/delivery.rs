@@ -224,7 +224,8 @@ fn every_damage_is_repaired_with_a_new_key() {
         place.wait_for_another("web", &serial, REPAIRED);
         eprintln!("{what}: repaired after {:?}", started.elapsed());
     }
-    assert!(mica.metric("citadel_secret_controller_secret_deleted_cert_count") >= 10.0);
+    let repaired = || mica.metric("citadel_secret_controller_secret_deleted_cert_count");
+    wait_for(PROMPT, "the last one to be counted", || (repaired() >= 10.0).then_some(()));
     mica.stop();
 }
 
@@ -243,7 +244,8 @@ fn what_mica_did_not_write_is_never_touched() {
     let mica = place.start(&[]);
     wait_for(PROMPT, "a report", || mica.log().contains("shop/web").then_some(()));
     assert_eq!(fs::read_to_string(theirs.join("key.pem")).unwrap(), "theirs");
-    assert_eq!(mica.metric("mica_identities{state=\"foreign\"}"), 1.0);
+    let foreign = || mica.metric("mica_identities{state=\"foreign\"}");
+    wait_for(PROMPT, "it to be counted", || (foreign() == 1.0).then_some(()));
     fs::remove_dir_all(&theirs).unwrap();
     place.wait_for_account("web", REPAIRED);
     // A file of somebody else's in a folder of Mica's outlives the folder's certificates.
