@@ -173,6 +173,19 @@ fn a_replica_that_does_not_write_notices_that_the_cluster_is_a_backup() {
         (known > 100.0).then_some(())
     });
     client.identity(&token).unwrap();
+    // By the lease it knows the cluster's time, and that has to be one of after the backup.
+    let done = |verb: &str| {
+        let is_one = |event: &&Value| {
+            event["verb"] == verb
+                && event["objectRef"]["resource"] == "leases"
+                && event["responseStatus"]["code"] == 200
+        };
+        plane.audit("mica").iter().filter(is_one).count()
+    };
+    for verb in ["update", "get"] {
+        let before = done(verb);
+        wait_for(soon, "two more looks at the lease", || (done(verb) > before + 1).then_some(()));
+    }
     plane.restore();
     // It never was.
     wait_for(soon, "a refusal", || {
