@@ -127,6 +127,9 @@ struct Keeper {
 impl Keeper {
     fn begin(&mut self, key: Key) {
         let svid = key.as_ref().and_then(|id| self.agent.held.current(id)).flatten();
+        if svid.is_some() {
+            self.judged = None;
+        }
         let now = clock::both();
         let due = Due::at(svid.as_ref().map_or(now.wall, |svid| svid.renew_at), now);
         let tracer = &self.agent.tracer;
