@@ -173,7 +173,7 @@ fn follow_cluster(
     let mut leadership = if is_istio_ca {
         Leadership::always()
     } else {
-        let election = Election::new(&cluster, tellings.clone(), objects.clone());
+        let election = Election::new(&cluster, tellings.clone());
         election.register(registry);
         let leadership = election.leadership();
         let stop = stopping(stopped);
@@ -403,7 +403,7 @@ impl Delivery {
                     // What was refused may be granted now.
                     Ok(()) = granted.changed() => Event::Disturbed(objects.wishing()),
                     Some(event) = inbox.recv() => event,
-                    Some(told) = watch.next() => match told {
+                    told = watch.next() => match told {
                         Told::Listing => Event::Listing,
                         Told::Found(account, found) => {
                             let observed = judge.observed(&account, found);

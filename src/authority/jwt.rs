@@ -132,6 +132,15 @@ impl Authority {
         self.bundles.borrow().own.as_ref().and_then(|own| own.sequence).unwrap_or(0)
     }
 
+    /// Whether another bundle was published with that number.
+    fn contradicts(&self, keyring: &Keyring) -> bool {
+        let own = self.bundles.borrow().own.clone();
+        own.is_some_and(|own| {
+            own.sequence == Some(keyring.sequence())
+                && keyring.bundle(self.issuer().bundle()).is_some_and(|kept| kept != *own)
+        })
+    }
+
     /// Publishes what is kept, unless it is older than what was published, or numbered with other roots.
     fn take(&self, keyring: Option<Keyring>) {
         let floor = self.sequence();
@@ -202,19 +211,26 @@ impl<S: KeyringStore> Keeper<S> {
 
     async fn turn(&mut self) -> Result<(), Fault> {
         for _ in 0..TRIES {
+            let number = self.store.numbered_from().await;
             let before = self.store.read().await.map_err(Fault::Store)?;
             let leads = self.store.leads();
+            if self.store.numbered_from().await != number {
+                continue;
+            }
+            let before = before.map(|before| before.numbered_from(number.unwrap_or(0)));
             let issuer = self.authority.issuer();
-            let floor = self.authority.sequence();
+            let floor = self.authority.sequence().max(number.unwrap_or(0));
             if before.is_some() && !leads {
                 self.leads = false;
                 self.authority.take(before);
                 return Ok(());
             }
             // What is found may have been restored from a backup: others have seen greater numbers then.
-            let begins = before.is_some() && !self.leads;
+            let may_be_older = number.is_none() && !self.leads;
+            let anew =
+                before.as_ref().is_some_and(|before| may_be_older || self.authority.contradicts(before));
             let fresh = || keys::generate(KIND).map_err(Fault::from);
-            let next = Keyring::next(before.as_ref(), issuer.bundle(), clock::now(), floor, begins, fresh)?;
+            let next = Keyring::next(before.as_ref(), issuer.bundle(), clock::now(), floor, anew, fresh)?;
             let Some(next) = next else {
                 self.authority.take(before);
                 return Ok(());

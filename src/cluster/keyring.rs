@@ -109,4 +109,8 @@ impl KeyringStore for ClusterKeyring {
     fn leads(&self) -> bool {
         self.leadership.may_write()
     }
+
+    async fn numbered_from(&self) -> Option<u64> {
+        self.leadership.numbered_from().await
+    }
 }

@@ -20,12 +20,17 @@ use tokio::time::Instant;
 
 use super::call::{Call, Fault, call, jittered};
 use super::events::{EventReason, Events, Severity};
-use super::{Cluster, MANAGER, Objects, PATIENCE};
+use super::watch::{Doubt, Watches};
+use super::{Cluster, MANAGER, PATIENCE};
+use crate::core::continuity::Continuity;
 use crate::core::election::{Candidate, LASTS, LOOK, MARGIN, Record, Step, TURN, WRITES};
+use crate::core::keyring;
 use crate::sys::{self, clock, keys};
 
 /// The lease's name.
 const LEASE: &str = "mica";
+/// What the trust bundle is numbered from since its holder has it, in milliseconds since 1970.
+const NUMBERED_FROM: &str = "mica.dev/numbered-from";
 /// For how long its holder writes after each write of it, and the holder that says so.
 const WRITES_FOR: &str = "mica.dev/writes-for";
 
@@ -34,35 +39,52 @@ const WRITES_FOR: &str = "mica.dev/writes-for";
 /// Who writes asks [`Leadership::may_write`] before each write, and gives the write at most as long as a request may take:
 /// then it has ended before another replica can begin.
 #[derive(Clone, Debug)]
-pub struct Leadership(watch::Receiver<Option<Instant>>);
+pub struct Leadership {
+    until: watch::Receiver<Option<Instant>>,
+    /// None without a lease, where nobody else writes.
+    numbered_from: Option<watch::Receiver<Option<u64>>>,
+}
 
 impl Leadership {
     /// The only replica there is.
     pub fn always() -> Self {
         const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-        Self(watch::channel(Some(Instant::now() + FOREVER)).1)
+        Self { until: watch::channel(Some(Instant::now() + FOREVER)).1, numbered_from: None }
     }
 
     /// Whether a write that begins now ends before another replica can write.
     pub fn may_write(&self) -> bool {
-        may_write(*self.0.borrow())
+        may_write(*self.until.borrow())
     }
 
     /// Waits until this replica may write.
     pub async fn gained(&mut self) {
-        if self.0.wait_for(Option::is_some).await.is_err() {
+        if self.until.wait_for(Option::is_some).await.is_err() {
             std::future::pending().await
+        }
+    }
+
+    /// What the lease says that the trust bundle is numbered from: more than any number published before its holder had
+    /// it. Whoever reads the keys after that has all that was written until then. Waits until the lease was seen; none if
+    /// there is none to see.
+    pub async fn numbered_from(&self) -> Option<u64> {
+        let mut numbered_from = self.numbered_from.clone()?;
+        let seen = numbered_from.wait_for(Option::is_some).await.map(|number| *number);
+        match seen {
+            Ok(number) => number,
+            // It ends with the process.
+            Err(_) => std::future::pending().await,
         }
     }
 
     /// Waits until it may not any more.
     pub async fn lost(&mut self) {
         loop {
-            let until = *self.0.borrow_and_update();
+            let until = *self.until.borrow_and_update();
             let Some(until) = until else { return };
             tokio::select! {
                 () = tokio::time::sleep_until(until) => return,
-                changed = self.0.changed() => if changed.is_err() { tokio::time::sleep_until(until).await; return },
+                changed = self.until.changed() => if changed.is_err() { tokio::time::sleep_until(until).await; return },
             }
         }
     }
@@ -77,18 +99,20 @@ pub struct Election {
     lease: Option<Value>,
     begun: Instant,
     until: watch::Sender<Option<Instant>>,
+    numbered_from: watch::Sender<Option<u64>>,
     /// What was last said to be wrong.
     fault: Option<String>,
     tellings: Arc<Events>,
     /// The newest version of the lease, which is the cluster's clock.
     newest: u64,
-    objects: Arc<Objects>,
+    continuity: Continuity,
+    watches: Watches,
 }
 
 impl Election {
-    /// Takes part from [`Election::run`] on. Whoever looks at the lease is the first to see the cluster go back to a
-    /// backup, and has what is known of it read again.
-    pub fn new(cluster: &Cluster, tellings: Arc<Events>, objects: Arc<Objects>) -> Self {
+    /// Takes part from [`Election::run`] on. Whoever looks at the lease is the first to see the cluster go away, or back to
+    /// a backup, and has what is known of it read again.
+    pub fn new(cluster: &Cluster, tellings: Arc<Events>) -> Self {
         let suffix: u64 = keys::random_bytes().map_or(0, u64::from_le_bytes);
         let name = format!("{}_{suffix:016x}", sys::host_name());
         Self {
@@ -98,16 +122,19 @@ impl Election {
             lease: None,
             begun: Instant::now(),
             until: watch::Sender::new(None),
+            numbered_from: watch::Sender::new(None),
             fault: None,
             tellings,
             newest: 0,
-            objects,
+            continuity: Continuity::default(),
+            watches: cluster.watches.clone(),
         }
     }
 
     /// For whoever writes.
     pub fn leadership(&self) -> Leadership {
-        Leadership(self.until.subscribe())
+        let numbered_from = Some(self.numbered_from.subscribe());
+        Leadership { until: self.until.subscribe(), numbered_from }
     }
 
     /// Registers what is counted.
@@ -142,6 +169,7 @@ impl Election {
             } else {
                 self.fault = None;
             }
+            self.doubt(&turned, now);
             self.publish(now);
             let pause = match self.candidate.step(now) {
                 Step::Renew if turned.is_ok() => jittered(TURN),
@@ -200,8 +228,8 @@ impl Election {
             Err(fault) => return Err(fault),
         };
         let record = lease.as_ref().map(record);
-        if let Some(record) = &record {
-            self.notice(record);
+        if let (Some(record), Some(lease)) = (&record, &lease) {
+            self.notice(record, lease);
         }
         self.candidate.saw(record, self.now());
         self.lease = lease;
@@ -218,16 +246,28 @@ impl Election {
         };
         let lease = self.write(verb, &lease).await?;
         let record = record(&lease);
-        self.notice(&record);
+        self.notice(&record, &lease);
         self.candidate.wrote(record, begun, self.now());
         self.lease = Some(lease);
         Ok(())
     }
 
-    fn notice(&mut self, record: &Record) {
+    fn doubt(&mut self, turned: &Result<(), Fault>, now: Duration) {
+        match turned {
+            Ok(()) if self.continuity.answered(now) => self.watches.read_again(Doubt::WasAway),
+            // Whoever asks for patience is there.
+            Err(Fault::Away(_, None)) => self.continuity.failed(),
+            _ => {}
+        }
+    }
+
+    fn notice(&mut self, record: &Record, lease: &Value) {
+        // Before anybody hears that this replica may write.
+        let number = numbered_from(lease);
+        self.numbered_from.send_if_modified(|known| known.replace(number) != Some(number));
         let Ok(version) = record.version.parse() else { return };
         if version < self.newest {
-            self.objects.read_again();
+            self.watches.read_again(Doubt::WentBack);
         }
         self.newest = version;
     }
@@ -257,6 +297,8 @@ impl Election {
         own["metadata"]["annotations"][WRITES_FOR] =
             format!("{}s {}", WRITES.as_secs(), self.candidate.name()).into();
         if step != Step::Renew {
+            own["metadata"]["annotations"][NUMBERED_FROM] =
+                keyring::next_number(numbered_from(&own), clock::now()).to_string().into();
             own["spec"]["holderIdentity"] = self.candidate.name().into();
             own["spec"]["acquireTime"] = now.into();
             let more = i64::from(step == Step::Take);
@@ -296,6 +338,12 @@ impl Election {
     fn path(&self) -> String {
         format!("/apis/coordination.k8s.io/v1/namespaces/{}/leases", self.namespace)
     }
+}
+
+/// 0 if it says nothing of it, as those of earlier versions.
+fn numbered_from(lease: &Value) -> u64 {
+    let said = lease["metadata"]["annotations"][NUMBERED_FROM].as_str().and_then(|said| said.parse().ok());
+    said.unwrap_or(0)
 }
 
 fn record(lease: &Value) -> Record {
@@ -346,7 +394,7 @@ mod tests {
 
     fn until(until: Option<Instant>) -> (watch::Sender<Option<Instant>>, Leadership) {
         let (sender, receiver) = watch::channel(until);
-        (sender, Leadership(receiver))
+        (sender, Leadership { until: receiver, numbered_from: None })
     }
 
     #[tokio::test(start_paused = true)]

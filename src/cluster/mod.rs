@@ -158,7 +158,7 @@ pub struct Cluster {
     place: Arc<str>,
     /// Of the pod that this runs in.
     namespace: Option<Arc<str>>,
-    metrics: metrics::Metrics,
+    watches: watch::Watches,
     /// The only namespace that is asked about.
     only: Option<Arc<str>>,
 }
@@ -215,7 +215,7 @@ impl Cluster {
         config.default_retry = false;
         let client = Client::try_from(config)
             .map_err(|fault| Error::Client { place: place.to_string(), fault: fault.to_string() })?;
-        Ok(Self { client, place, namespace: None, only: None, metrics: metrics::Metrics::default() })
+        Ok(Self { client, place, namespace: None, only: None, watches: watch::Watches::default() })
     }
 
     /// Its address.

@@ -14,8 +14,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use super::Cluster;
-use super::metrics::Metrics;
-use super::watch::{self as watching, Change};
+use super::watch::{self as watching, Change, Watches};
 use crate::core::selection::{Choice, ENVIRONMENT, Labels, OVERRIDE, Rules};
 
 /// The namespaces of a cluster, and what was chosen for each.
@@ -23,7 +22,7 @@ use crate::core::selection::{Choice, ENVIRONMENT, Labels, OVERRIDE, Rules};
 /// What a watch has told is believed until it tells otherwise, also while the API server is away.
 pub struct Namespaces {
     client: Client,
-    metrics: Metrics,
+    watches: Watches,
     rules: Rules,
     known: RwLock<HashMap<Arc<str>, Choice>>,
     /// Watches that have not read all of theirs yet.
@@ -44,7 +43,7 @@ impl Namespaces {
     pub fn new(cluster: &Cluster, rules: Rules) -> Self {
         Self {
             client: cluster.client.clone(),
-            metrics: cluster.metrics.clone(),
+            watches: cluster.watches.clone(),
             known: RwLock::default(),
             reading: watch::Sender::new(rules.watched.as_ref().map_or(1, BTreeSet::len)),
             listeners: Mutex::default(),
@@ -142,7 +141,7 @@ impl Namespaces {
             Change::There((name, choice)) => self.take([(name, Some(choice))]),
             Change::Gone((name, _)) => self.take([(name, None)]),
         };
-        watching::follow(api, name, &self.metrics, choose, tell).await;
+        watching::follow(api, name, &self.watches, choose, tell).await;
     }
 
     fn take(&self, changes: impl IntoIterator<Item = (Arc<str>, Option<Choice>)>) {

@@ -11,9 +11,8 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, timeout};
 
 use super::known::Facts;
-use super::metrics::Metrics;
 use super::seen::Seen;
-use super::watch::{Change, follow_where};
+use super::watch::{Change, Watches, follow_where};
 use super::{Cluster, PATIENCE, said};
 use crate::attest::{Pod, Pods};
 use crate::sys::clock;
@@ -32,7 +31,7 @@ const MOMENT: Duration = Duration::from_secs(1);
 pub struct NodePods {
     api: Api<Seen<v1::Pod>>,
     chosen: String,
-    metrics: Metrics,
+    watches: Watches,
     known: RwLock<HashMap<Box<str>, Facts>>,
     changes: watch::Sender<()>,
     asked: Mutex<Option<Instant>>,
@@ -44,7 +43,7 @@ impl NodePods {
         Self {
             api: cluster.all(),
             chosen: format!("spec.nodeName={node}"),
-            metrics: cluster.metrics.clone(),
+            watches: cluster.watches.clone(),
             known: RwLock::default(),
             changes: watch::Sender::new(()),
             asked: Mutex::default(),
@@ -63,7 +62,7 @@ impl NodePods {
             }
             self.changes.send_replace(());
         };
-        follow_where(self.api.clone(), Some(&self.chosen), &self.metrics, reduce, tell).await;
+        follow_where(self.api.clone(), Some(&self.chosen), &self.watches, reduce, tell).await;
     }
 
     fn told(&self, uid: &str) -> Option<Facts> {

@@ -2,11 +2,9 @@
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use kube::runtime::WatchStreamExt as _;
-use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::watcher::{self, Event};
 use kube::{Api, Resource as _};
 use tokio::sync::{Notify, watch};
-use tokio_stream::StreamExt as _;
 
 use super::Cluster;
 use super::accounts::Changed;
@@ -32,10 +30,8 @@ pub struct Objects {
     pods: Kept<Pods>,
     nodes: Kept<NodeNames>,
     nodes_wanted: Notify,
-    again: watch::Sender<()>,
     /// Without, nothing is known of them but what is read once.
     follows_pods: bool,
-    metrics: Metrics,
 }
 
 impl std::fmt::Debug for Objects {
@@ -47,18 +43,15 @@ impl std::fmt::Debug for Objects {
 impl Objects {
     /// Knows nothing yet.
     pub fn new(cluster: &Cluster) -> Self {
-        let metrics = cluster.metrics.clone();
         Self {
             cluster: cluster.clone(),
-            live: Live::new(cluster.client.clone(), metrics.clone()),
+            live: Live::new(cluster.client.clone(), cluster.watches.metrics.clone()),
             accounts: Kept::default(),
             changed: Changed::default(),
             pods: Kept::default(),
             nodes: Kept::default(),
             nodes_wanted: Notify::new(),
-            again: watch::Sender::new(()),
             follows_pods: true,
-            metrics,
         }
     }
 
@@ -89,13 +82,6 @@ impl Objects {
         self.pods.completed().await;
     }
 
-    /// Reads everything again, since versions have gone back: watches wait for those that are not yet. What is known
-    /// stays until it was read.
-    pub(super) fn read_again(&self) {
-        tracing::warn!("the API server has gone back to an older backup; everything is read again");
-        self.again.send_replace(());
-    }
-
     /// The UID of an account that lives, as far as the watch has told.
     pub(super) fn uid(&self, account: &ServiceAccount) -> Option<Box<str>> {
         self.accounts.read().get(account).map(|which| which.uid.clone())
@@ -111,49 +97,34 @@ impl Objects {
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
-        &self.metrics
+        &self.cluster.watches.metrics
     }
 
     async fn watch<M: Memory>(&self, kept: &Kept<M>, api: Api<Seen<M::Kind>>) {
         let what = M::Kind::plural(&());
-        self.metrics.watched(&what);
-        let begin = || Box::pin(watcher(api.clone(), watcher::Config::default()).default_backoff());
-        let mut events = begin();
-        let mut again = self.again.subscribe();
+        let mut watch =
+            self.cluster.watches.watch(api, watcher::Config::default(), watcher::DefaultBackoff::default);
         let mut fresh = M::default();
         loop {
-            let event = tokio::select! {
-                Ok(()) = again.changed() => {
-                    events = begin();
-                    continue;
-                }
-                event = events.next() => event,
-            };
-            let Some(event) = event else { return };
-            match event {
+            match watch.next().await {
                 // What was known stays until all of the new is there.
-                Ok(Event::Init) => fresh = M::default(),
-                Ok(Event::InitApply(seen)) => {
+                Event::Init => fresh = M::default(),
+                Event::InitApply(seen) => {
                     fresh.apply(&seen);
                 }
-                Ok(Event::InitDone) => {
+                Event::InitDone => {
                     tracing::info!(%what, count = fresh.len(), "all have been read from the API server");
                     let differences = kept.replace(std::mem::take(&mut fresh));
                     self.changed.note(differences);
                     kept.complete.send_replace(true);
                 }
-                Ok(Event::Apply(seen)) => {
+                Event::Apply(seen) => {
                     let newcomer = kept.write().apply(&seen);
                     self.changed.note(newcomer);
                 }
-                Ok(Event::Delete(seen)) => {
+                Event::Delete(seen) => {
                     let gone = kept.write().delete(&seen);
                     self.changed.note(gone);
-                }
-                Err(fault) => {
-                    self.metrics.watch_failed(&what);
-                    let fault = super::said(&fault);
-                    tracing::warn!(%what, fault, "watching the API server failed; it is tried again, and what is known stays");
                 }
             }
         }

@@ -22,8 +22,7 @@ use tokio::task::JoinSet;
 
 use self::held::{Digest, Held};
 use self::write::Term;
-use super::metrics::Metrics;
-use super::watch::{self, Change};
+use super::watch::{self, Change, Watches};
 use super::{Cluster, Events, Leadership, Namespaces};
 use crate::core::bundle::TrustBundle;
 use crate::core::spiffe::TrustDomain;
@@ -57,7 +56,7 @@ pub struct Roots {
     events: Arc<Events>,
     known: Mutex<Known>,
     changed: Notify,
-    watches: Metrics,
+    watches: Watches,
     writes: Family<Outcome, Counter>,
     rivals: Family<Object, Gauge>,
 }
@@ -134,7 +133,7 @@ impl Roots {
     ) -> Self {
         Self {
             client: cluster.client.clone(),
-            watches: cluster.metrics.clone(),
+            watches: cluster.watches.clone(),
             options,
             current,
             namespaces,

@@ -7,17 +7,14 @@ mod requests;
 mod stored;
 
 use std::collections::HashMap;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kube::Api;
-use kube::runtime::WatchStreamExt as _;
-use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::watcher::{self, Event};
 use serde_json::Value;
 use tokio::sync::Notify;
-use tokio_stream::{Stream, StreamExt as _};
 
-use super::{Cluster, Leadership, Objects, Wanted, said};
+use super::watch::{Doubt, Watch};
+use super::{Cluster, Leadership, Objects, Wanted};
 use crate::auth::{Life, Liveness as _};
 use crate::core::plan::CertificateSet;
 use crate::core::spiffe::ServiceAccount;
@@ -86,14 +83,9 @@ impl Secrets {
 
     /// Follows what is there. The accounts have to be known by then.
     pub fn watch(self: &Arc<Self>) -> SecretWatch {
-        self.objects.metrics().watched("secrets");
-        SecretWatch { secrets: self.clone(), events: self.events(), is_listing: true }
-    }
-
-    fn events(&self) -> StoredEvents {
-        let api: Api<Stored> = self.cluster.all();
         let config = watcher::Config::default().fields(&format!("type={TYPE}")).page_size(PAGE);
-        Box::pin(watcher(api, config).backoff(Pauses(FIRST_PAUSE)))
+        let watch = self.cluster.watches.watch(self.cluster.all(), config, || Pauses(FIRST_PAUSE));
+        SecretWatch { secrets: self.clone(), watch, is_listing: true }
     }
 
     /// What a secret is to Mica.
@@ -315,62 +307,49 @@ pub enum Told {
     Disturbed(Vec<ServiceAccount>),
 }
 
-type StoredEvents = Pin<Box<dyn Stream<Item = watcher::Result<Event<Stored>>> + Send>>;
-
 /// Follows the secrets.
 pub struct SecretWatch {
     secrets: Arc<Secrets>,
-    events: StoredEvents,
+    watch: Watch<Stored>,
     is_listing: bool,
 }
 
 impl SecretWatch {
-    /// Waits for the next news. None: nothing more will come.
-    pub async fn next(&mut self) -> Option<Told> {
+    /// Waits for the next news.
+    pub async fn next(&mut self) -> Told {
         loop {
             let (disturbed, is_restored) = {
                 let mut writes = self.secrets.writes();
                 (std::mem::take(&mut writes.disturbed), std::mem::take(&mut writes.is_restored))
             };
             if is_restored {
-                self.events = self.secrets.events();
-                self.secrets.objects.read_again();
+                self.secrets.cluster.watches.read_again(Doubt::WentBack);
             }
             if !disturbed.is_empty() {
-                return Some(Told::Disturbed(disturbed));
+                return Told::Disturbed(disturbed);
             }
             let event = tokio::select! {
                 () = self.secrets.disturbed.notified() => continue,
-                event = self.events.next() => event?,
+                event = self.watch.next() => event,
             };
             let told = match event {
-                Ok(Event::Init) => {
+                Event::Init => {
                     self.is_listing = true;
                     // What is listed now is the truth, also in a cluster that was put back to an older state, and has what
                     // was written before.
                     let mut writes = self.secrets.writes();
                     writes.done.clear();
                     writes.told = 0;
-                    return Some(Told::Listing);
+                    return Told::Listing;
                 }
-                Ok(Event::InitDone) => {
+                Event::InitDone => {
                     self.is_listing = false;
-                    return Some(Told::Listed);
+                    return Told::Listed;
                 }
-                Ok(Event::InitApply(stored) | Event::Apply(stored)) => self.found(stored, false),
-                Ok(Event::Delete(stored)) => self.found(stored, true),
-                Err(fault) => {
-                    self.secrets.objects.metrics().watch_failed("secrets");
-                    let fault = said(&fault);
-                    tracing::warn!(
-                        what = "secrets",
-                        fault,
-                        "watching the API server failed; it is tried again, and what is known stays"
-                    );
-                    None
-                }
+                Event::InitApply(stored) | Event::Apply(stored) => self.found(stored, false),
+                Event::Delete(stored) => self.found(stored, true),
             };
-            if told.is_some() {
+            if let Some(told) = told {
                 return told;
             }
         }

@@ -16,8 +16,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::metrics::Metrics;
-use super::watch::{self, Change};
+use super::watch::{self, Change, Watches};
 use super::{Cluster, Leadership, MANAGER, PATIENCE, said};
 use crate::core::bundle::TrustBundle;
 use crate::core::rivals::{Found, History, Step};
@@ -46,7 +45,7 @@ pub struct WebhookTrust {
     name: String,
     current: Current,
     leadership: Leadership,
-    watches: Metrics,
+    watches: Watches,
     known: Mutex<Known>,
     changed: Notify,
 }
@@ -138,7 +137,7 @@ impl WebhookTrust {
             name: name.to_owned(),
             current,
             leadership,
-            watches: cluster.metrics.clone(),
+            watches: cluster.watches.clone(),
             known: Mutex::default(),
             changed: Notify::new(),
         }

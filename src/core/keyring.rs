@@ -128,13 +128,14 @@ struct StoredKey {
 
 impl Keyring {
     /// What has to be kept from now on, if that is something else than before. `floor` is the last number that was
-    /// published here, and `begins` says that what was found may be older than what others have seen.
+    /// published here, and `anew` says that it needs another in any case, as where what was found may be older than what
+    /// others have seen.
     pub fn next<E: From<key::Error>>(
         before: Option<&Self>,
         roots: &TrustBundle,
         now: OffsetDateTime,
         floor: u64,
-        begins: bool,
+        anew: bool,
         mut fresh: impl FnMut() -> Result<PrivateKey, E>,
     ) -> Result<Option<Self>, E> {
         let known = before.map_or(&[][..], |before| &before.keys);
@@ -150,11 +151,10 @@ impl Keyring {
         let mut next = Self { keys, sequence: 0, content: String::new() };
         next.content = next.published(roots).content();
         let last = before.map_or(0, |before| before.sequence);
-        if !begins && last >= floor && before.is_some_and(|before| before.content == next.content) {
+        if !anew && last >= floor && before.is_some_and(|before| before.content == next.content) {
             return Ok(None);
         }
-        let clock = u64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
-        next.sequence = last.max(floor).saturating_add(1).max(clock);
+        next.sequence = next_number(last.max(floor), now);
         Ok(Some(next))
     }
 
@@ -171,6 +171,11 @@ impl Keyring {
     /// The bundle's number.
     pub fn sequence(&self) -> u64 {
         self.sequence
+    }
+
+    /// The same keys, and no smaller number.
+    pub fn numbered_from(self, number: u64) -> Self {
+        Self { sequence: self.sequence.max(number), ..self }
     }
 
     /// The same number, and no keys: what is left of a state whose keys others may have read.
@@ -225,6 +230,13 @@ impl Keyring {
         // Numbers and texts alone, which can always be written.
         Zeroizing::new(serde_json::to_string(&stored).unwrap_or_default())
     }
+}
+
+/// The number after that one: never below the milliseconds since 1970, so that it also grows where the one before is
+/// lost.
+pub fn next_number(last: u64, now: OffsetDateTime) -> u64 {
+    let clock = u64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+    last.saturating_add(1).max(clock)
 }
 
 /// The kind of the keys.

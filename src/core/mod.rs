@@ -11,6 +11,7 @@ pub mod certificate;
 pub mod cgroup;
 pub mod chain;
 mod check;
+pub mod continuity;
 pub mod csr;
 mod der;
 pub mod documents;

@@ -53,4 +53,8 @@ impl KeyringStore for FolderKeyring {
     fn leads(&self) -> bool {
         true
     }
+
+    async fn numbered_from(&self) -> Option<u64> {
+        None
+    }
 }

@@ -53,6 +53,10 @@ pub trait KeyringStore: Send {
 
     /// Whether it is for this process to change what is kept. What is not there may be made by anyone.
     fn leads(&self) -> bool;
+
+    /// What the bundle is numbered from, if that is kept elsewhere and grows whenever somebody begins to lead: then what is
+    /// read afterwards has a greater number, or this one. None if the numbers kept here are all there is.
+    fn numbered_from(&self) -> impl Future<Output = Option<u64>> + Send;
 }
 
 /// Why there is no issuer. Nothing was changed.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{Api, DeleteParams, PostParams};
 use mica::proto::mica::v1::agent_service_client::AgentServiceClient;
@@ -93,6 +94,8 @@ fn replicas_publish_one_number_and_take_each_others_tokens_over_leaders_and_rest
     }
     let kept = runtime().block_on(secrets(&plane).get(NAME)).unwrap();
     assert_eq!(kept.type_.as_deref(), Some("mica.dev/jwt-keys"));
+    let leases: Api<Lease> = Api::namespaced(plane.client(), HOME);
+    let lease = runtime().block_on(leases.get("mica")).unwrap();
 
     // Another leader, and another replica, which finds what is there.
     let leads = |mica: &Mica| mica.metric("mica_leader") == 1.0;
@@ -104,11 +107,24 @@ fn replicas_publish_one_number_and_take_each_others_tokens_over_leaders_and_rest
     wait_for(SOON, "another leader", || micas.iter().any(leads).then_some(()));
     let third = same(&micas, second.sequence);
     assert_eq!(kids(&third), kids(&first));
+    let now = runtime().block_on(secrets(&plane).get(NAME)).unwrap();
+    assert_eq!(
+        now.metadata.resource_version, kept.metadata.resource_version,
+        "who begins to lead writes none"
+    );
 
-    // As it was before, as a backup of the cluster would bring it back.
+    // All as it was before, as a backup of the cluster would bring it back, and nobody who knows better.
+    for mica in micas.drain(..) {
+        mica.kill();
+    }
     let mut restored = kept.clone();
     restored.metadata.resource_version = None;
     runtime().block_on(secrets(&plane).replace(NAME, &PostParams::default(), &restored)).unwrap();
+    let mut restored = lease;
+    let now = runtime().block_on(leases.get("mica")).unwrap();
+    restored.metadata.resource_version = now.metadata.resource_version;
+    runtime().block_on(leases.replace("mica", &PostParams::default(), &restored)).unwrap();
+    micas.extend([start(0), start(1)]);
     let fourth = same(&micas, third.sequence);
     assert_eq!(kids(&fourth), kids(&first));
 
