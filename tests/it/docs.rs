@@ -389,7 +389,7 @@ pub(crate) fn ask(place: &serve::Place, port: u16, account: &str) -> String {
 fn the_envoy_of_the_readme_lets_in_productpage_alone() {
     let place = serve::Place::new();
     let home = place.root.path();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = crate::serve::free_port();
     fs::create_dir_all(home.join("examples/envoy")).unwrap();
     for name in ["server.yaml", "identity.yaml", "roots.yaml"] {
         let text = read(&format!("examples/envoy/{name}")).replace("8443", &port.to_string());

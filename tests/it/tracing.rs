@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -17,11 +16,6 @@ use crate::{agent, parts};
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
-
-/// A port that nobody listens on.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// A process that ends with the test.
 struct Running(Child);
@@ -40,7 +34,7 @@ struct Zipkin {
 
 impl Zipkin {
     fn start() -> Self {
-        let port = free_port();
+        let port = crate::serve::free_port();
         let running = Command::new(parts::zipkin())
             .env("QUERY_PORT", port.to_string())
             .stdin(Stdio::null())
@@ -287,7 +281,7 @@ async fn a_stranger_cannot_have_its_requests_recorded() {
 async fn without_a_collector_requests_go_on() {
     let place = Place::new();
     place.account("web");
-    let nobody = format!("http://127.0.0.1:{}", free_port());
+    let nobody = format!("http://127.0.0.1:{}", crate::serve::free_port());
     let mica = place.start(&["--trace-zipkin", &nobody, "--trace-otlp", &nobody]);
     place.leaf("web");
     let channel = mtls::connect(&mica, &place, Some(&place.folder("shop", "web"))).await;
@@ -322,7 +316,7 @@ async fn without_a_collector_requests_go_on() {
 /// What the collector of the OpenTelemetry project prints of what it was sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_opentelemetry_collector_reads_the_spans() {
-    let port = free_port();
+    let port = crate::serve::free_port();
     let place = Place::new();
     place.account("web");
     let log = place.root.path().join("collector.log");

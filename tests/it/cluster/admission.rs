@@ -15,9 +15,9 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::control_plane::{ControlPlane, free_port, runtime};
+use super::control_plane::{ControlPlane, runtime};
 use super::manifests::{ask, denied, deployed, good};
-use crate::serve::{Mica, Place, SLACK, wait_for};
+use crate::serve::{Mica, Place, SLACK, free_port, wait_for};
 
 const WEBHOOK: &str = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/mica-inject";
 const SOON: Duration = Duration::from_secs(20);

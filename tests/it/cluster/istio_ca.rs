@@ -62,7 +62,7 @@ impl Applied {
         let container = &deployment["spec"]["template"]["spec"]["containers"][0];
         assert_eq!(container["command"], serde_json::json!(["/usr/local/bin/istio_ca"]));
         let mut arguments: Vec<String> = serde_json::from_value(container["args"].clone()).unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = crate::serve::free_port();
         arguments.push(format!("--grpc-port={port}"));
         arguments
     }

@@ -18,12 +18,12 @@ use mica::store::{AuthorityStore as _, Memory as _};
 use mica::sys::dir::Dir;
 use serde_json::json;
 
-use super::control_plane::{ControlPlane, HOME, free_port, runtime};
+use super::control_plane::{ControlPlane, HOME, runtime};
 use super::events::events_about;
 use super::knowledge::{permissions, permit, permitted};
 use super::served::{Client, command, command_at, start};
 use crate::parts;
-use crate::serve::{Mica, Place, output_within, page, wait_for};
+use crate::serve::{Mica, Place, free_port, output_within, page, wait_for};
 
 const OWN: &str = "istio-ca-secret";
 const BROUGHT: &str = "cacerts";

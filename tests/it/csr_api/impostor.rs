@@ -287,7 +287,7 @@ fn a_server_that_speaks_tls_and_no_http2_is_told_so() {
         "--out",
         "chain",
     ]);
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = crate::serve::free_port();
     let mut openssl = parts::openssl();
     openssl.args(["s_server", "-quiet", "-accept", &port.to_string(), "-cert"]).arg(place.path("chain"));
     openssl.arg("-cert_chain").arg(place.path("chain")).arg("-key").arg(place.path("serving/key.pem"));

@@ -33,7 +33,7 @@ struct OpensslServer(Child);
 
 impl OpensslServer {
     fn start(folder: &Path, version: &str) -> (Self, u16) {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = crate::serve::free_port();
         let mut openssl = parts::openssl();
         openssl.args([
             "s_server",

@@ -350,7 +350,7 @@ fn the_envoy_of_the_example_lets_in_productpage_alone() {
     let mut command = agent::command(&place, &mica);
     command.arg("--token-file").arg(token).args(["--socket", "./agent.sock"]).current_dir(home);
     let agent = agent::start(&place, "agent", &mut command);
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = crate::serve::free_port();
     fs::write(home.join("server.yaml"), example.replace("8443", &port.to_string())).unwrap();
     let envoy = Command::new(parts::envoy())
         .args(["-c", "server.yaml", "--disable-hot-restart", "--concurrency", "1"])

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -394,7 +394,7 @@ fn an_empty_bundle_is_taken_at_its_word_and_no_other_odd_answer_is() {
     };
     let good = "HTTP/1.0 200 OK\r\ncontent-type: application/json";
     answer(good, &other.with(1, 10).to_string());
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = crate::serve::free_port();
     let mut server = parts::openssl();
     server.args(["s_server", "-HTTP", "-quiet", "-accept", &format!("127.0.0.1:{port}")]);
     server.arg("-cert").arg(&chain).arg("-key").arg(&key).current_dir(&folder);
@@ -431,7 +431,7 @@ fn an_empty_bundle_is_taken_at_its_word_and_no_other_odd_answer_is() {
 #[test]
 fn two_micas_fetch_each_others_and_follow_over_kills_and_restores() {
     let (one, other) = (Place::new(), Place::new());
-    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let free = || crate::serve::free_port();
     let ports = [free(), free()];
     for place in [&one, &other] {
         place.account("web");

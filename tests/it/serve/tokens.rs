@@ -707,7 +707,7 @@ struct Https {
 impl Https {
     fn start(ca: &OpensslCa, folder: &Path) -> Self {
         // Nobody takes it between here and there, as a rule; if somebody does, the test says so.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = crate::serve::free_port();
         ca.server(folder, "localhost");
         let mut command = parts::openssl();
         command
