@@ -282,10 +282,11 @@ fn bearer(metadata: &MetadataMap) -> Result<&str, Refusal> {
     let (value, None) = (values.next(), values.next()) else {
         return refused("the authorization header comes more than once");
     };
-    let value = value.and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let value = value.and_then(|value| str::from_utf8(value.as_bytes()).ok());
+    let value = value.filter(|value| value.is_ascii()).unwrap_or_default();
     match value.split_once(' ') {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() => {
-            if token.contains([' ', ',']) {
+            if token.bytes().filter(|byte| matches!(byte, b' ' | b',')).count() > 0 {
                 return refused("the authorization header has more than one token");
             }
             Ok(token)

@@ -157,9 +157,9 @@ impl<const N: usize> Ring<N> {
 
     fn sum(&self, place: u64, count: u64) -> u64 {
         let from = place as usize % N;
-        let (head, rest) = (&self.0[from..], (from + count as usize).saturating_sub(N));
-        let head = &head[..head.len().min(count as usize)];
-        head.iter().chain(&self.0[..rest]).map(|count| u64::from(*count)).sum()
+        let end = from + count as usize;
+        let sum = |counts: &[u32]| counts.iter().map(|count| u64::from(*count)).sum::<u64>();
+        sum(&self.0[from..end.min(N)]) + sum(&self.0[..end.saturating_sub(N)])
     }
 
     fn add(&mut self, place: u64) {

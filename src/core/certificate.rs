@@ -186,7 +186,12 @@ impl Certificate {
         if tbs.version != X509Version::V3 && !tbs.extensions().is_empty() {
             return Err(Error::Extensions("it has some, and is not version 3".to_owned()));
         }
-        tbs.extensions_map().map_err(|_| Error::Extensions("one of them is there twice".to_owned()))?;
+        let mut identifiers: Vec<_> =
+            tbs.extensions().iter().map(|extension| extension.oid.as_bytes()).collect();
+        identifiers.sort_unstable();
+        if identifiers.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(Error::Extensions("one of them is there twice".to_owned()));
+        }
         for extension in tbs.extensions() {
             certificate.take(extension.critical, extension.parsed_extension())?;
             if extension.oid.as_bytes() == PROVED_AT {

@@ -4,11 +4,18 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 
 /// What a TLS record holds at most (RFC 8446 5.1). More is written without waiting for more.
 const MOST: usize = 16 * 1024;
+/// Other tasks that took longer before it was this one's turn again did some of the work that answers come of. On an idle
+/// server nothing waits.
+const WORK: Duration = Duration::from_micros(20);
+/// While they work, an answer waits for others no longer than this.
+const PATIENCE: Duration = Duration::from_millis(2);
 
 /// A stream whose writes are gathered until they are flushed, and until other tasks that are ready have had a chance to
 /// write, too.
@@ -18,16 +25,40 @@ pub(super) struct Gather<S> {
     /// Not written yet, from `written` on. Empty, and without memory, on a connection that idles.
     gathered: Vec<u8>,
     written: usize,
-    has_waited: bool,
+    waiting: Option<Waiting>,
+}
+
+/// For what other tasks may write.
+#[derive(Debug)]
+struct Waiting {
+    since: Instant,
+    last: Instant,
 }
 
 impl<S> Gather<S> {
     pub(super) fn new(stream: S) -> Self {
-        Self { stream, gathered: Vec::new(), written: 0, has_waited: false }
+        Self { stream, gathered: Vec::new(), written: 0, waiting: None }
     }
 }
 
 impl<S: AsyncWrite + Unpin> Gather<S> {
+    /// Whether what is gathered should wait for more.
+    fn waits(&mut self, now: Instant) -> bool {
+        if self.written == self.gathered.len() || self.gathered.len() >= MOST {
+            return false;
+        }
+        match &mut self.waiting {
+            Some(Waiting { since, last }) => {
+                let worked = now - std::mem::replace(last, now);
+                worked >= WORK && now - *since < PATIENCE
+            }
+            none => {
+                *none = Some(Waiting { since: now, last: now });
+                true
+            }
+        }
+    }
+
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.written < self.gathered.len() {
             let rest = &self.gathered[self.written..];
@@ -75,13 +106,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.written < self.gathered.len() && !std::mem::replace(&mut self.has_waited, true) {
+        if self.waits(Instant::now()) {
             // A task that wakes itself comes after those that are ready.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         ready!(self.poll_write_out(cx))?;
-        self.has_waited = false;
+        self.waiting = None;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
@@ -137,6 +168,22 @@ mod tests {
         gather.write_all(b"next").await.unwrap();
         gather.flush().await.unwrap();
         assert_eq!(gather.stream.writes.len(), 2);
+    }
+
+    #[test]
+    fn an_answer_waits_while_others_work_and_not_for_long() {
+        let begun = Instant::now();
+        let at = |microseconds| begun + Duration::from_micros(microseconds);
+        let gather = || Gather { gathered: b"answer".to_vec(), ..Gather::new(tokio::io::sink()) };
+        let mut idle = gather();
+        assert!(idle.waits(at(0)) && !idle.waits(at(19)));
+        let mut busy = gather();
+        assert!((0..20).all(|turn| busy.waits(at(turn * 100))));
+        assert!(!busy.waits(at(2_000)));
+        let mut full = gather();
+        full.gathered.resize(MOST, 0);
+        assert!(!full.waits(at(0)));
+        assert!(!Gather::new(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
     }
 
     #[tokio::test]

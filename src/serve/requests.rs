@@ -1,5 +1,7 @@
 //! Requests for certificates, whichever protocol they came by: who asks, may they, and then the authority's one door.
 
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher as _;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,7 +27,7 @@ use crate::core::profile::Profile;
 use crate::core::refusal::{Reason, Refusal};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain, shortened};
 use crate::core::trace::{Parent, TraceId};
-use crate::sys::{clock, keys};
+use crate::sys::clock;
 use crate::trace::{Span, Tracer};
 
 /// What is asked for.
@@ -91,6 +93,8 @@ pub struct Requests {
     nodes: Option<Arc<dyn Nodes>>,
     policy: Arc<LivingPolicy>,
     calendar: Mutex<Calendar>,
+    /// Chooses among equal places in it, which nobody needs to be unable to guess.
+    draws: RandomState,
     queue: Queue,
     metrics: Metrics,
     tracer: Tracer,
@@ -107,8 +111,18 @@ impl Requests {
         queue: Queue,
         metrics: Metrics,
     ) -> Self {
-        let (calendar, tracer) = (Mutex::default(), Tracer::default());
-        Self { authority, authenticators, liveness, nodes, policy, calendar, queue, metrics, tracer }
+        Self {
+            authority,
+            authenticators,
+            liveness,
+            nodes,
+            policy,
+            calendar: Mutex::default(),
+            draws: RandomState::new(),
+            queue,
+            metrics,
+            tracer: Tracer::default(),
+        }
     }
 
     /// With a span for each request, and one for each part of it.
@@ -188,7 +202,7 @@ impl Requests {
         let (Some(caller), Some(csr)) = (known, csr) else {
             return Err(Refusal::new(Reason::CsrMalformed, "there is no CSR"));
         };
-        let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now)?;
+        let lifetime = self.even(&decision, ask.wishes.as_ref().is_ok_and(|wishes| wishes.exact), now);
         let id = decision.account.spiffe_id(self.authority.trust_domain());
         told.set("mica.identity", &id);
         self.tell(&decision, lifetime, csr.requested().uri.as_deref().filter(|uri| *uri != id.as_str()));
@@ -380,11 +394,11 @@ impl Requests {
     }
 
     /// The lifetime, shortened so that its renewal meets few others, unless that is not wished.
-    fn even(&self, decision: &Decision, exact: bool, now: OffsetDateTime) -> Result<Lifetime, Refusal> {
+    fn even(&self, decision: &Decision, exact: bool, now: OffsetDateTime) -> Lifetime {
         let spread = if exact { Spread::NONE } else { decision.spread };
-        let draw = keys::random_bytes().map_err(|fault| unusable_issuer(fault.into()))?;
+        let draw = self.draws.hash_one(now);
         let mut calendar = self.calendar.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(calendar.book(now, decision.lifetime.value, spread, u64::from_ne_bytes(draw)))
+        calendar.book(now, decision.lifetime.value, spread, draw)
     }
 
     fn tell(&self, decision: &Decision, lifetime: Lifetime, other: Option<&str>) {
@@ -571,6 +585,7 @@ mod tests {
     use crate::core::key::KeyKind;
     use crate::core::pem;
     use crate::core::policy::Limits;
+    use crate::sys::keys;
 
     /// A cluster in which everybody lives on one node, and whose answer about it takes so long that policy has changed.
     struct Slow {

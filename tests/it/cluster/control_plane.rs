@@ -4,10 +4,10 @@
 //! All of it ends with the thread that started it, which ends with the process, however that ends.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,6 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::parts;
-use crate::serve::free_port;
 
 /// Where the authority is kept, and everything else that is Mica's own.
 pub(crate) const HOME: &str = "istio-system";
@@ -505,6 +504,19 @@ fn authority() -> CertifiedIssuer<'static, KeyPair> {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+}
+
+/// Below those that the kernel gives to whoever asks for any, so that nobody else has it a moment later; processes that
+/// start together begin far from each other.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let begin = u16::try_from(std::process::id() % 120 * 100).unwrap();
+    loop {
+        let port = 20_000 + (begin + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// The kernel ends them with the thread they come from, and a test's thread ends with the test.

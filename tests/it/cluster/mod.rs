@@ -1,7 +1,7 @@
 //! Mica and a real API server.
 
 mod admission;
-mod control_plane;
+pub(crate) mod control_plane;
 mod events;
 mod federated;
 mod injection;

@@ -17,14 +17,15 @@ mod tokens;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
+
+pub(crate) use crate::cluster::control_plane::free_port;
 
 /// A contract of seconds gets this much more on a busy machine.
 pub(crate) const SLACK: Duration = Duration::from_secs(8);
@@ -309,17 +310,4 @@ pub(crate) fn tree(folder: &Path) -> Vec<(PathBuf, String)> {
     }
     found.sort();
     found
-}
-
-/// Below those that the kernel gives to whoever asks for any, so that nobody else has it a moment later; processes that
-/// start together begin far from each other.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let begin = u16::try_from(std::process::id() % 120 * 100).unwrap();
-    loop {
-        let port = 20_000 + (begin + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
-        }
-    }
 }
