@@ -22,15 +22,6 @@ pub(super) enum Doubt {
     WasAway,
 }
 
-impl Doubt {
-    fn text(self) -> &'static str {
-        match self {
-            Self::WentBack => "has gone back to an older backup",
-            Self::WasAway => "was away, and may have come back as an older backup",
-        }
-    }
-}
-
 /// What all watches of one API server share.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Watches {
@@ -42,7 +33,14 @@ impl Watches {
     /// Has everything read again. A watch goes on from the version that it has come to, and an API server that was put
     /// back to a backup may not have it yet, or mean something else by it. What is known stays until it was read.
     pub(super) fn read_again(&self, why: Doubt) {
-        tracing::warn!("the API server {}; everything is read again", why.text());
+        match why {
+            Doubt::WentBack => {
+                tracing::warn!("the API server has gone back to an older backup; everything is read again");
+            }
+            Doubt::WasAway => tracing::warn!(
+                "the API server was away, and may have come back as an older backup; everything is read again"
+            ),
+        }
         self.again.send_replace(());
     }
 
