@@ -54,7 +54,8 @@ impl Watches {
         let begin =
             move || -> Events<K> { Box::pin(watcher(api.clone(), config.clone()).backoff(backoff())) };
         let events = begin();
-        Watch { begin: Box::new(begin), events, again: self.again.subscribe(), metrics: self.metrics.clone() }
+        let (again, metrics) = (self.again.subscribe(), self.metrics.clone());
+        Watch { begin: Box::new(begin), events, is_listing: true, again, metrics }
     }
 }
 
@@ -64,6 +65,8 @@ type Events<K> = Pin<Box<dyn Stream<Item = watcher::Result<Event<K>>> + Send>>;
 pub(super) struct Watch<K> {
     begin: Box<dyn Fn() -> Events<K> + Send + Sync>,
     events: Events<K>,
+    /// A list that is under way is read to its end, since a slow server would otherwise never get there.
+    is_listing: bool,
     again: watch::Receiver<()>,
     metrics: Metrics,
 }
@@ -73,14 +76,22 @@ impl<K: Resource<DynamicType = ()>> Watch<K> {
     pub(super) async fn next(&mut self) -> Event<K> {
         loop {
             let event = tokio::select! {
-                Ok(()) = self.again.changed() => {
+                Ok(()) = self.again.changed(), if !self.is_listing => {
                     self.events = (self.begin)();
+                    self.is_listing = true;
                     continue;
                 }
                 event = self.events.next() => event,
             };
             match event {
-                Some(Ok(event)) => return event,
+                Some(Ok(event)) => {
+                    match event {
+                        Event::Init => self.is_listing = true,
+                        Event::InitDone => self.is_listing = false,
+                        _ => {}
+                    }
+                    return event;
+                }
                 Some(Err(fault)) => {
                     let what = K::plural(&());
                     self.metrics.watch_failed(&what);
