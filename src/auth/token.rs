@@ -286,6 +286,7 @@ fn bearer(metadata: &MetadataMap) -> Result<&str, Refusal> {
     let value = value.filter(|value| value.is_ascii()).unwrap_or_default();
     match value.split_once(' ') {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() => {
+            // All of it at once is faster than up to the first, which is hardly ever there.
             if token.bytes().filter(|byte| matches!(byte, b' ' | b',')).count() > 0 {
                 return refused("the authorization header has more than one token");
             }

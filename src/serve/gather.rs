@@ -44,7 +44,7 @@ impl<S> Gather<S> {
 impl<S: AsyncWrite + Unpin> Gather<S> {
     /// Whether what is gathered should wait for more.
     fn waits(&mut self, now: Instant) -> bool {
-        if self.written == self.gathered.len() || self.gathered.len() >= MOST {
+        if self.gathered.is_empty() || self.written > 0 || self.gathered.len() >= MOST {
             return false;
         }
         match &mut self.waiting {
@@ -69,6 +69,7 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
         }
         self.gathered = Vec::new();
         self.written = 0;
+        self.waiting = None;
         Poll::Ready(Ok(()))
     }
 }
@@ -112,7 +113,6 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
             return Poll::Pending;
         }
         ready!(self.poll_write_out(cx))?;
-        self.waiting = None;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
