@@ -137,7 +137,7 @@ impl Authority {
         let own = self.bundles.borrow().own.clone();
         own.is_some_and(|own| {
             own.sequence == Some(keyring.sequence())
-                && keyring.bundle(self.issuer().bundle()).is_some_and(|kept| kept != *own)
+                && keyring.bundle(self.issuer().bundle()).is_some_and(|kept| kept.content() != own.content())
         })
     }
 
@@ -175,6 +175,8 @@ pub struct Keeper<S> {
     store: S,
     /// Whether this process led when it last looked.
     leads: bool,
+    /// The greatest number that was found to be kept.
+    newest: u64,
     /// What was last said to be wrong.
     fault: Option<String>,
 }
@@ -182,7 +184,7 @@ pub struct Keeper<S> {
 impl<S: KeyringStore> Keeper<S> {
     /// Nothing is done before the first look.
     pub fn new(authority: Arc<Authority>, store: S) -> Self {
-        Self { authority, store, leads: false, fault: None }
+        Self { authority, store, leads: false, newest: 0, fault: None }
     }
 
     /// Looks for ever.
@@ -211,24 +213,29 @@ impl<S: KeyringStore> Keeper<S> {
 
     async fn turn(&mut self) -> Result<(), Fault> {
         for _ in 0..TRIES {
-            let number = self.store.numbered_from().await;
+            let number = self.store.numbered_from().await.map_err(Fault::Store)?;
             let before = self.store.read().await.map_err(Fault::Store)?;
             let leads = self.store.leads();
-            if self.store.numbered_from().await != number {
+            if self.store.numbered_from().await.map_err(Fault::Store)? != number {
                 continue;
             }
+            // Put back to what it was, under a number that it gets from elsewhere.
+            let went_back = before.as_ref().is_some_and(|before| before.sequence() < self.newest);
+            self.newest = before.as_ref().map_or(0, Keyring::sequence).max(self.newest);
             let before = before.map(|before| before.numbered_from(number.unwrap_or(0)));
             let issuer = self.authority.issuer();
             let floor = self.authority.sequence().max(number.unwrap_or(0));
             if before.is_some() && !leads {
                 self.leads = false;
-                self.authority.take(before);
+                // Whoever leads numbers it anew.
+                self.authority.take(before.filter(|_| !went_back));
                 return Ok(());
             }
             // What is found may have been restored from a backup: others have seen greater numbers then.
             let may_be_older = number.is_none() && !self.leads;
-            let anew =
-                before.as_ref().is_some_and(|before| may_be_older || self.authority.contradicts(before));
+            let anew = before
+                .as_ref()
+                .is_some_and(|before| may_be_older || went_back || self.authority.contradicts(before));
             let fresh = || keys::generate(KIND).map_err(Fault::from);
             let next = Keyring::next(before.as_ref(), issuer.bundle(), clock::now(), floor, anew, fresh)?;
             let Some(next) = next else {
@@ -238,6 +245,7 @@ impl<S: KeyringStore> Keeper<S> {
             match self.store.write(&next).await {
                 Ok(true) => {
                     self.leads = leads;
+                    self.newest = next.sequence();
                     let (sequence, keys) = (next.sequence(), next.keys().len());
                     tracing::info!(sequence, keys, "the trust bundle has a new number");
                     self.authority.take(Some(next));
@@ -252,5 +260,123 @@ impl<S: KeyringStore> Keeper<S> {
             }
         }
         Err(Fault::Store("somebody else keeps on changing them".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::core::bundle::TrustBundle;
+    use crate::core::certificate::Certificate;
+    use crate::core::issuer::{self, Issuer};
+    use crate::core::key::KeyKind;
+    use crate::core::profile::Profile;
+    use crate::core::published::Published;
+    use crate::core::spiffe::TrustDomain;
+
+    /// What replicas share: the secret, and the number in the lease.
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<(Option<String>, u64)>>);
+
+    impl Shared {
+        fn lock(&self) -> MutexGuard<'_, (Option<String>, u64)> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+
+    struct Store {
+        shared: Shared,
+        leads: bool,
+    }
+
+    impl KeyringStore for Store {
+        async fn read(&mut self) -> Result<Option<Keyring>, String> {
+            Ok(self.shared.lock().0.as_ref().map(|text| Keyring::from_json(text.as_bytes()).unwrap()))
+        }
+
+        async fn write(&mut self, keyring: &Keyring) -> Result<bool, String> {
+            self.shared.lock().0 = Some(keyring.to_json().to_string());
+            Ok(true)
+        }
+
+        fn leads(&self) -> bool {
+            self.leads
+        }
+
+        async fn numbered_from(&self) -> Result<Option<u64>, String> {
+            Ok(Some(self.shared.lock().1))
+        }
+    }
+
+    fn issuer() -> Issuer {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let (organization, domain) = ("example".parse().unwrap(), TrustDomain::parse("example.org").unwrap());
+        let profile = Profile::Root { organization: &organization, trust_domain: &domain };
+        let serial = keys::serial_number().unwrap();
+        let root = issuer::root(&key, &profile, "1y".parse().unwrap(), clock::now(), serial).unwrap();
+        let root = Certificate::from_der(root.der()).unwrap();
+        Issuer::new(
+            Arc::new(key),
+            std::slice::from_ref(&root),
+            TrustBundle::new([root.clone()]).unwrap(),
+            &domain,
+        )
+        .unwrap()
+    }
+
+    struct Replica(Keeper<Store>);
+
+    impl Replica {
+        fn new(issuer: &Issuer, shared: &Shared, leads: bool) -> Self {
+            let authority = Authority::new(TrustDomain::parse("example.org").unwrap(), issuer.clone());
+            Self(Keeper::new(Arc::new(authority), Store { shared: shared.clone(), leads }))
+        }
+
+        /// What it publishes after a look.
+        async fn look(&mut self) -> Published {
+            self.0.look().await;
+            let own = self.0.authority.bundles().borrow().own.clone();
+            Published::clone(&own.expect("a bundle"))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_put_back_under_another_number_is_numbered_anew() {
+        let (issuer, shared) = (issuer(), Shared::default());
+        let (mut leader, mut other) =
+            (Replica::new(&issuer, &shared, true), Replica::new(&issuer, &shared, false));
+        let first = leader.look().await;
+        assert_eq!(other.look().await, first);
+        let older = shared.lock().0.take();
+        let second = leader.look().await;
+        assert_eq!(other.look().await, second);
+        assert_ne!(second.jwt, first.jwt);
+        let newer = shared.lock().0.clone().unwrap();
+
+        // Somebody begins to lead, and only one has heard of it when the secret is put back.
+        let number = second.sequence.unwrap() + 1_000_000;
+        shared.lock().1 = number;
+        assert_eq!(other.look().await, Published { sequence: Some(number), ..second.clone() });
+        assert_eq!(shared.lock().0.as_ref(), Some(&newer), "nothing is written for that");
+        shared.lock().0 = older;
+        assert_eq!(other.look().await.jwt, second.jwt, "one number is one bundle");
+        let third = leader.look().await;
+        assert!(third.sequence > Some(number) && third.jwt == first.jwt, "{third:?}");
+        assert_eq!(other.look().await, third);
+
+        // And somebody who led before writes what all would take for what has the lease's number.
+        let number = third.sequence.unwrap() + 1_000_000;
+        shared.lock().1 = number;
+        assert_eq!(leader.look().await.sequence, Some(number));
+        let mut late: Value = serde_json::from_str(&newer).unwrap();
+        late["sequence"] = (number - 1).into();
+        shared.lock().0 = Some(late.to_string());
+        let fourth = leader.look().await;
+        assert!(fourth.sequence > Some(number) && fourth.jwt == second.jwt, "{fourth:?}");
+        assert_eq!(other.look().await, fourth);
     }
 }

@@ -110,7 +110,7 @@ impl KeyringStore for ClusterKeyring {
         self.leadership.may_write()
     }
 
-    async fn numbered_from(&self) -> Option<u64> {
+    async fn numbered_from(&self) -> Result<Option<u64>, String> {
         self.leadership.numbered_from().await
     }
 }

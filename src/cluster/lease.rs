@@ -65,15 +65,16 @@ impl Leadership {
     }
 
     /// What the lease says that the trust bundle is numbered from: more than any number published before its holder had
-    /// it. Whoever reads the keys after that has all that was written until then. Waits until the lease was seen; none if
-    /// there is none to see.
-    pub async fn numbered_from(&self) -> Option<u64> {
-        let mut numbered_from = self.numbered_from.clone()?;
-        let seen = numbered_from.wait_for(Option::is_some).await.map(|number| *number);
-        match seen {
-            Ok(number) => number,
-            // It ends with the process.
-            Err(_) => std::future::pending().await,
+    /// it, unless that came from a clock that was ahead. Whoever reads the keys after that has all that was written until
+    /// then. None where there is no lease to see.
+    pub async fn numbered_from(&self) -> Result<Option<u64>, String> {
+        let Some(mut numbered_from) = self.numbered_from.clone() else { return Ok(None) };
+        let seen = numbered_from.wait_for(Option::is_some);
+        match tokio::time::timeout(PATIENCE, seen).await {
+            Ok(Ok(number)) => Ok(*number),
+            _ => Err(format!(
+                "the lease {LEASE} was not seen yet, by which the trust bundle is numbered; see what is said of it"
+            )),
         }
     }
 
@@ -263,8 +264,12 @@ impl Election {
 
     fn notice(&mut self, record: &Record, lease: &Value) {
         // Before anybody hears that this replica may write.
-        let number = numbered_from(lease);
-        self.numbered_from.send_if_modified(|known| known.replace(number) != Some(number));
+        let number = Some(numbered_from(lease));
+        self.numbered_from.send_if_modified(|known| {
+            let grows = *known < number;
+            *known = number.max(*known);
+            grows
+        });
         let Ok(version) = record.version.parse() else { return };
         if version < self.newest {
             self.watches.read_again(Doubt::WentBack);
@@ -297,8 +302,9 @@ impl Election {
         own["metadata"]["annotations"][WRITES_FOR] =
             format!("{}s {}", WRITES.as_secs(), self.candidate.name()).into();
         if step != Step::Renew {
+            let last = numbered_from(&own).max(self.numbered_from.borrow().unwrap_or(0));
             own["metadata"]["annotations"][NUMBERED_FROM] =
-                keyring::next_number(numbered_from(&own), clock::now()).to_string().into();
+                keyring::next_number(last, clock::now()).to_string().into();
             own["spec"]["holderIdentity"] = self.candidate.name().into();
             own["spec"]["acquireTime"] = now.into();
             let more = i64::from(step == Step::Take);
@@ -340,10 +346,10 @@ impl Election {
     }
 }
 
-/// 0 if it says nothing of it, as those of earlier versions.
+/// 0 if it says nothing of it, as those of earlier versions, or what no clock of 140,000 years says.
 fn numbered_from(lease: &Value) -> u64 {
     let said = lease["metadata"]["annotations"][NUMBERED_FROM].as_str().and_then(|said| said.parse().ok());
-    said.unwrap_or(0)
+    said.filter(|number| *number < 1 << 52).unwrap_or(0)
 }
 
 fn record(lease: &Value) -> Record {

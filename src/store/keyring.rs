@@ -54,7 +54,7 @@ impl KeyringStore for FolderKeyring {
         true
     }
 
-    async fn numbered_from(&self) -> Option<u64> {
-        None
+    async fn numbered_from(&self) -> Result<Option<u64>, String> {
+        Ok(None)
     }
 }

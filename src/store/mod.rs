@@ -56,7 +56,7 @@ pub trait KeyringStore: Send {
 
     /// What the bundle is numbered from, if that is kept elsewhere and grows whenever somebody begins to lead: then what is
     /// read afterwards has a greater number, or this one. None if the numbers kept here are all there is.
-    fn numbered_from(&self) -> impl Future<Output = Option<u64>> + Send;
+    fn numbered_from(&self) -> impl Future<Output = Result<Option<u64>, String>> + Send;
 }
 
 /// Why there is no issuer. Nothing was changed.

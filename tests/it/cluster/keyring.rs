@@ -132,6 +132,14 @@ fn replicas_publish_one_number_and_take_each_others_tokens_over_leaders_and_rest
     let fifth = same(&micas, fourth.sequence);
     assert_ne!(kids(&fifth), kids(&first));
     assert!(judged(&fifth.jwt_authorities, &one, "db").is_err());
+
+    // The secret alone as it was before, under those who know better.
+    let mut restored = kept;
+    restored.metadata.resource_version = None;
+    restored.metadata.uid = None;
+    runtime().block_on(secrets(&plane).replace(NAME, &PostParams::default(), &restored)).unwrap();
+    let sixth = same(&micas, fifth.sequence);
+    assert_eq!(kids(&sixth), kids(&first));
     for mica in micas {
         mica.stop();
     }
