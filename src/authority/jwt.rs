@@ -175,8 +175,8 @@ pub struct Keeper<S> {
     store: S,
     /// Whether this process led when it last looked.
     leads: bool,
-    /// The greatest number that was found to be kept.
-    newest: u64,
+    /// The number that was kept when this was last looked at, whatever it was published with.
+    kept: u64,
     /// What was last said to be wrong.
     fault: Option<String>,
 }
@@ -184,7 +184,7 @@ pub struct Keeper<S> {
 impl<S: KeyringStore> Keeper<S> {
     /// Nothing is done before the first look.
     pub fn new(authority: Arc<Authority>, store: S) -> Self {
-        Self { authority, store, leads: false, newest: 0, fault: None }
+        Self { authority, store, leads: false, kept: 0, fault: None }
     }
 
     /// Looks for ever.
@@ -220,14 +220,15 @@ impl<S: KeyringStore> Keeper<S> {
                 continue;
             }
             // Put back to what it was, under a number that it gets from elsewhere.
-            let went_back = before.as_ref().is_some_and(|before| before.sequence() < self.newest);
-            self.newest = before.as_ref().map_or(0, Keyring::sequence).max(self.newest);
+            let kept = before.as_ref().map_or(0, Keyring::sequence);
+            let went_back = before.is_some() && kept < self.kept;
             let before = before.map(|before| before.numbered_from(number.unwrap_or(0)));
             let issuer = self.authority.issuer();
             let floor = self.authority.sequence().max(number.unwrap_or(0));
             if before.is_some() && !leads {
                 self.leads = false;
-                // Whoever leads numbers it anew.
+                self.kept = kept;
+                // Whoever leads and knows it numbers it anew by the next look. One who does not has published nothing else.
                 self.authority.take(before.filter(|_| !went_back));
                 return Ok(());
             }
@@ -239,13 +240,14 @@ impl<S: KeyringStore> Keeper<S> {
             let fresh = || keys::generate(KIND).map_err(Fault::from);
             let next = Keyring::next(before.as_ref(), issuer.bundle(), clock::now(), floor, anew, fresh)?;
             let Some(next) = next else {
+                self.kept = kept;
                 self.authority.take(before);
                 return Ok(());
             };
             match self.store.write(&next).await {
                 Ok(true) => {
                     self.leads = leads;
-                    self.newest = next.sequence();
+                    self.kept = next.sequence();
                     let (sequence, keys) = (next.sequence(), next.keys().len());
                     tracing::info!(sequence, keys, "the trust bundle has a new number");
                     self.authority.take(Some(next));
@@ -254,7 +256,7 @@ impl<S: KeyringStore> Keeper<S> {
                 Ok(false) => {}
                 // What is there is better than nothing.
                 Err(fault) => {
-                    self.authority.take(before);
+                    self.authority.take(before.filter(|_| !went_back));
                     return Err(Fault::Store(fault));
                 }
             }
@@ -378,5 +380,13 @@ mod tests {
         let fourth = leader.look().await;
         assert!(fourth.sequence > Some(number) && fourth.jwt == second.jwt, "{fourth:?}");
         assert_eq!(other.look().await, fourth);
+
+        // One who leads and does not know what was there before is followed, too.
+        shared.lock().1 = fourth.sequence.unwrap() + 1_000_000;
+        shared.lock().0 = Some(newer);
+        let fifth = Replica::new(&issuer, &shared, true).look().await;
+        assert!(fifth.sequence > fourth.sequence, "{fifth:?}");
+        assert_eq!(other.look().await, fourth);
+        assert_eq!(other.look().await, fifth);
     }
 }

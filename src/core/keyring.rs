@@ -127,9 +127,9 @@ struct StoredKey {
 }
 
 impl Keyring {
-    /// What has to be kept from now on, if that is something else than before. `floor` is the
-    /// greatest number that was published, as far as is known here, and `anew` says that it needs another in any case, as where what was found may be older than what
-    /// others have seen.
+    /// What has to be kept from now on, if that is something else than before. `floor` is the greatest number that was
+    /// published, as far as is known here, and `anew` says that it needs another in any case, as where what was found may
+    /// be older than what others have seen.
     pub fn next<E: From<key::Error>>(
         before: Option<&Self>,
         roots: &TrustBundle,
