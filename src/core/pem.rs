@@ -7,6 +7,8 @@ use zeroize::Zeroizing;
 
 /// Longer input is refused before it is looked at.
 pub const MAX: usize = 4 * 1024 * 1024;
+/// What the longest key takes as base64.
+const LONGEST_KEY: usize = 4 * 1024;
 
 /// The label of a certificate.
 pub const CERTIFICATE: &str = "CERTIFICATE";
@@ -83,7 +85,8 @@ pub fn blocks(text: &[u8]) -> Result<Vec<Block>, Error> {
     while let Some((line, at)) = lines.next() {
         let Some(label) = boundary(line, b"-----BEGIN ") else { continue };
         let label = String::from_utf8_lossy(label).into_owned();
-        let mut body = Zeroizing::new(Vec::new());
+        // Room for any key: what grows leaves copies behind.
+        let mut body = Zeroizing::new(Vec::with_capacity(text.len().min(LONGEST_KEY)));
         let mut headers = false;
         loop {
             let Some((line, end)) = lines.next() else {
@@ -119,14 +122,18 @@ pub fn encode(label: &str, der: &[u8]) -> String {
 
 /// Appends one block.
 pub fn encode_into(text: &mut String, label: &str, der: &[u8]) {
-    const LINE: usize = 48;
-    text.reserve(der.len() * 4 / 3 + der.len() / LINE + 2 * label.len() + 40);
+    const LINE: usize = 64;
+    text.reserve(der.len() * 4 / 3 + der.len() / 48 + 2 * label.len() + 40);
     for part in ["-----BEGIN ", label, "-----\n"] {
         text.push_str(part);
     }
-    for line in der.chunks(LINE) {
-        STANDARD.encode_string(line, text);
+    let whole = Zeroizing::new(STANDARD.encode(der));
+    let mut rest = &whole[..];
+    while !rest.is_empty() {
+        let (line, after) = rest.split_at(rest.len().min(LINE));
+        text.push_str(line);
         text.push('\n');
+        rest = after;
     }
     for part in ["-----END ", label, "-----\n"] {
         text.push_str(part);

@@ -1,6 +1,7 @@
 //! What each kind of certificate contains. This room alone builds certificates, and every field is set here.
 
 use ::core::net::IpAddr;
+use std::borrow::Cow;
 
 use time::OffsetDateTime;
 
@@ -127,12 +128,12 @@ impl Profile<'_> {
     }
 
     /// Whom it names, for people.
-    pub fn name(&self) -> String {
+    pub fn name(&self) -> Cow<'_, str> {
         match self {
-            Self::Serving { dns, .. } => dns.first().map_or_else(|| "mica".to_owned(), DnsName::to_string),
-            Self::Workload { id, .. } => id.to_string(),
+            Self::Serving { dns, .. } => dns.first().map_or("mica", DnsName::as_str).into(),
+            Self::Workload { id, .. } => id.as_str().into(),
             Self::Root { trust_domain, .. } | Self::Intermediate { trust_domain, .. } => {
-                trust_domain.id().to_string()
+                trust_domain.id().to_string().into()
             }
         }
     }
