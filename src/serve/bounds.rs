@@ -96,7 +96,12 @@ impl Unanswered {
         self.lock().0.first().is_some_and(|(deadline, _)| *deadline < Instant::now())
     }
 
-    fn begin(self: &Arc<Self>, within: Duration) -> Open {
+    /// Whether there is one.
+    pub(super) fn any(&self) -> bool {
+        !self.lock().0.is_empty()
+    }
+
+    pub(super) fn begin(self: &Arc<Self>, within: Duration) -> Open {
         let mut all = self.lock();
         all.1 += 1;
         let at = (Instant::now() + within, all.1);
@@ -110,7 +115,7 @@ impl Unanswered {
 }
 
 /// A request that is not done.
-struct Open {
+pub(super) struct Open {
     of: Arc<Unanswered>,
     at: (Instant, u64),
 }

@@ -3,11 +3,14 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
+
+use super::bounds::Unanswered;
 
 /// What a TLS record holds at most (RFC 8446 5.1). More is written without waiting for more.
 const MOST: usize = 16 * 1024;
@@ -18,10 +21,11 @@ const WORK: Duration = Duration::from_micros(20);
 const PATIENCE: Duration = Duration::from_millis(2);
 
 /// A stream whose writes are gathered until they are flushed, and until other tasks that are ready have had a chance to
-/// write, too.
+/// write, too, as long as there is something else that the client waits for.
 #[derive(Debug)]
 pub(super) struct Gather<S> {
     stream: S,
+    unanswered: Arc<Unanswered>,
     /// Not written yet, from `written` on. Empty, and without memory, on a connection that idles.
     gathered: Vec<u8>,
     written: usize,
@@ -32,12 +36,15 @@ pub(super) struct Gather<S> {
 #[derive(Debug)]
 struct Waiting {
     since: Instant,
+    /// When the others' turn began,
     last: Instant,
+    /// and whether it is over. The HTTP library reads at the beginning of its own, and then writes and flushes several times.
+    over: bool,
 }
 
 impl<S> Gather<S> {
-    pub(super) fn new(stream: S) -> Self {
-        Self { stream, gathered: Vec::new(), written: 0, waiting: None }
+    pub(super) fn new(stream: S, unanswered: Arc<Unanswered>) -> Self {
+        Self { stream, unanswered, gathered: Vec::new(), written: 0, waiting: None }
     }
 }
 
@@ -47,16 +54,18 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
         if self.gathered.is_empty() || self.written > 0 || self.gathered.len() >= MOST {
             return false;
         }
-        match &mut self.waiting {
-            Some(Waiting { since, last }) => {
-                let worked = now - std::mem::replace(last, now);
-                worked >= WORK && now - *since < PATIENCE
-            }
-            none => {
-                *none = Some(Waiting { since: now, last: now });
-                true
-            }
+        let Some(Waiting { since, last, over }) = &mut self.waiting else {
+            self.waiting = Some(Waiting { since: now, last: now, over: false });
+            return true;
+        };
+        if now - *since >= PATIENCE {
+            return false;
         }
+        if !std::mem::take(over) {
+            return true;
+        }
+        let worked = now - std::mem::replace(last, now);
+        worked >= WORK && self.unanswered.any()
     }
 
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -80,6 +89,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(waiting) = &mut self.waiting {
+            waiting.over = true;
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
@@ -108,9 +120,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.waits(Instant::now()) {
-            // A task that wakes itself comes after those that are ready.
+            // A task that wakes itself comes after those that are ready. Until then what else there is to write is welcome.
             cx.waker().wake_by_ref();
-            return Poll::Pending;
+            return Poll::Ready(Ok(()));
         }
         ready!(self.poll_write_out(cx))?;
         Pin::new(&mut self.stream).poll_flush(cx)
@@ -154,42 +166,66 @@ mod tests {
         }
     }
 
+    fn gather<S>(stream: S) -> Gather<S> {
+        Gather::new(stream, Arc::default())
+    }
+
+    /// What others did took its time, and then the HTTP library reads.
+    fn turn<S>(gather: &mut Gather<S>) {
+        if let Some(waiting) = &mut gather.waiting {
+            waiting.over = true;
+        }
+    }
+
     #[tokio::test]
-    async fn what_is_written_before_and_while_it_is_flushed_leaves_at_once() {
-        let mut gather = Gather::new(Counted { writes: Vec::new() });
+    async fn what_is_written_until_it_is_the_next_turn_leaves_at_once() {
+        let mut gather = gather(Counted { writes: Vec::new() });
         gather.write_all(b"head").await.unwrap();
+        gather.flush().await.unwrap();
         gather.write_all(b"body").await.unwrap();
-        let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut gather).poll_flush(cx).is_pending())).await;
-        assert!(first && gather.stream.writes.is_empty());
+        gather.flush().await.unwrap();
+        assert!(gather.stream.writes.is_empty());
+        turn(&mut gather);
         gather.write_all(b"more").await.unwrap();
         gather.flush().await.unwrap();
         assert_eq!(gather.stream.writes, [b"headbodymore".to_vec()]);
         assert_eq!(gather.gathered.capacity(), 0);
         gather.write_all(b"next").await.unwrap();
-        gather.flush().await.unwrap();
-        assert_eq!(gather.stream.writes.len(), 2);
+        gather.shutdown().await.unwrap();
+        assert_eq!(gather.stream.writes[1..], [b"next".to_vec()]);
     }
 
     #[test]
-    fn an_answer_waits_while_others_work_and_not_for_long() {
+    fn an_answer_waits_while_others_of_its_client_are_worked_on_and_not_for_long() {
         let begun = Instant::now();
         let at = |microseconds| begun + Duration::from_micros(microseconds);
-        let gather = || Gather { gathered: b"answer".to_vec(), ..Gather::new(tokio::io::sink()) };
+        let gather = || Gather { gathered: b"answer".to_vec(), ..gather(tokio::io::sink()) };
+        let waits = |gather: &mut Gather<_>, microseconds| {
+            turn(gather);
+            gather.waits(at(microseconds))
+        };
+        let asked = |gather: &Gather<_>| gather.unanswered.begin(Duration::from_secs(30));
         let mut idle = gather();
-        assert!(idle.waits(at(0)) && !idle.waits(at(19)));
+        let _one = asked(&idle);
+        assert!(waits(&mut idle, 0) && !waits(&mut idle, 19));
         let mut busy = gather();
-        assert!((0..20).all(|turn| busy.waits(at(turn * 100))));
-        assert!(!busy.waits(at(2_000)));
+        let _one = asked(&busy);
+        assert!((0..20).all(|turn| waits(&mut busy, turn * 100)));
+        assert!(!waits(&mut busy, 2_000));
+        let mut last = gather();
+        assert!(waits(&mut last, 0) && !waits(&mut last, 100));
+        let mut unread = gather();
+        assert!(unread.waits(at(0)) && unread.waits(at(1_999)) && !unread.waits(at(2_000)));
         let mut full = gather();
         full.gathered.resize(MOST, 0);
         assert!(!full.waits(at(0)));
-        assert!(!Gather::new(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
+        assert!(!super::tests::gather(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
     }
 
     #[tokio::test]
     async fn who_reads_nothing_is_written_no_more_than_a_record_and_a_piece() {
         let (ours, mut theirs) = duplex(8);
-        let mut gather = Gather::new(ours);
+        let mut gather = gather(ours);
         let piece = [7; MOST - 1];
         let mut taken = 0;
         let refused = poll_fn(|cx| {

@@ -194,8 +194,8 @@ impl Connection {
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|der| der.clone().into_owned()).collect();
         let peer = Arc::new(Peer::new(source, certificates));
-        let stream = Gather::new(stream);
-        Self { stream, known: Connected { peer, unanswered: Arc::default() } }
+        let unanswered = Arc::<Unanswered>::default();
+        Self { stream: Gather::new(stream, unanswered.clone()), known: Connected { peer, unanswered } }
     }
 }
 
