@@ -228,7 +228,6 @@ impl Health for Nothing {
 /// does between renewals.
 fn many() {
     let place = Place::new();
-    pin(1);
     let mut rows: [(&str, Vec<f64>); 3] = [
         ("with keys that are made and answers that are judged (at most 1.1)", Vec::new()),
         ("with keys that are made", Vec::new()),
@@ -281,7 +280,7 @@ impl Place {
         };
         std::fs::write(path("manifests/all.yaml"), (0..MANY).map(account).collect::<String>()).unwrap();
         let mica = || Command::new(floor::program());
-        // Inherited.
+        // Each process and thread has the core of the one that makes it.
         pin(0);
         let authority = mica()
             .arg("serve")
@@ -293,6 +292,7 @@ impl Place {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        pin(1);
         let addresses = loop {
             match std::fs::read(path("data/addresses.json")) {
                 Ok(text) => break text,
@@ -352,7 +352,7 @@ impl Place {
                         let client = client.showing(client::Credential::Token(token.clone()));
                         let answer = client.create_certificate(&wanted).await.unwrap();
                         if judged {
-                            Granted::checked(&answer, key.public(), None, clock::now()).unwrap();
+                            Granted::checked(&answer, key.public(), None, None, clock::now()).unwrap();
                         }
                     }
                 });

@@ -157,11 +157,12 @@ impl Asker {
         self.target(&self.written_roots()?, Credential::None).map(drop)
     }
 
-    /// Makes a key and has it certified.
+    /// Makes a key and has it certified, most often below roots that are known.
     pub async fn certificate(
         &self,
         wish: &Wish,
         held: Option<&Svid>,
+        known: Option<&TrustBundle>,
         span: &Span,
     ) -> Result<(Svid, TrustBundle), Error> {
         let part = span.part("key");
@@ -190,7 +191,7 @@ impl Asker {
         let (answer, claim) = self.with(wish, held, ask).await?;
         let _part = span.part("judge");
         let now = clock::now();
-        let granted = Granted::checked(&answer, key.public(), wish.id.as_ref(), now)
+        let granted = Granted::checked(&answer, key.public(), wish.id.as_ref(), known, now)
             .and_then(|granted| claim.map_or(Ok(()), |claim| granted.is_of(&claim)).map(|()| granted))
             .map_err(|fault| Error::Answer { address: self.address(), fault })?;
         let leaf = &granted.chain[0];

@@ -97,17 +97,19 @@ pub struct Granted {
 }
 
 impl Granted {
-    /// One certificate in each element, but for the last, which is the trust bundle.
+    /// One certificate in each element, but for the last, which is the trust bundle: most often one that is known, and need
+    /// not be read again.
     pub fn checked(
         answer: &[String],
         key: &PublicKey,
         expected: Option<&SpiffeId>,
+        known: Option<&TrustBundle>,
         now: OffsetDateTime,
     ) -> Result<Self, Error> {
         let Some((bundle, above)) = answer.split_last().filter(|(_, above)| !above.is_empty()) else {
             return Err(Error::Elements(answer.len()));
         };
-        let bundle = TrustBundle::from_pem(bundle.as_bytes())?;
+        let bundle = TrustBundle::from_pem_or_known(bundle, known)?;
         let mut chain = Vec::new();
         for (element, number) in above.iter().zip(1..) {
             let certificates = Certificate::all_from_pem(element.as_bytes())
@@ -203,7 +205,16 @@ mod tests {
         let roots = ours.bundle().pem().to_string();
         let web = leaf(&ours, &key, "web");
         let judged = |answer: &[String], at| {
-            Granted::checked(answer, key.public(), Some(&id("web")), at).map(|granted| granted.id)
+            let judged = |known| {
+                let granted = Granted::checked(answer, key.public(), Some(&id("web")), known, at);
+                granted.map(|granted| (granted.id, granted.bundle.sequence))
+            };
+            let anew = judged(None);
+            let mut numbered = TrustBundle::clone(ours.bundle());
+            numbered.sequence = Some(7);
+            assert_eq!(judged(Some(&numbered)), anew);
+            assert_eq!(judged(Some(other.bundle())), anew);
+            anew.map(|(id, _)| id)
         };
         assert_eq!(judged(&[web.clone(), roots.clone()], NOW), Ok(id("web")));
 
@@ -232,7 +243,7 @@ mod tests {
         let ours = authority();
         let key = keys::generate(KeyKind::P256).unwrap();
         let answer = [leaf(&ours, &key, "web"), ours.bundle().pem().to_string()];
-        let granted = Granted::checked(&answer, key.public(), None, NOW).unwrap();
+        let granted = Granted::checked(&answer, key.public(), None, None, NOW).unwrap();
         let account = |namespace, name| Claim::Token(ServiceAccount::new(namespace, name).unwrap());
         assert_eq!(granted.is_of(&account("shop", "web")), Ok(()));
         assert_eq!(granted.is_of(&Claim::Certificate(id("web"))), Ok(()));
@@ -275,7 +286,7 @@ mod tests {
         let (ours, next) = (authority(), authority());
         let key = keys::generate(KeyKind::P256).unwrap();
         let answer = [leaf(&next, &key, "web"), next.bundle().pem().to_string()];
-        let granted = Granted::checked(&answer, key.public(), None, NOW).unwrap();
+        let granted = Granted::checked(&answer, key.public(), None, None, NOW).unwrap();
         let held = ours.bundle();
         assert!(matches!(accepted_by(&granted.chain, &granted.id, held, NOW), Err(Error::Unknown(_))));
         let both = held.merged(next.bundle()).unwrap();

@@ -39,7 +39,7 @@ pub(super) fn request(arguments: &CsrRequest) -> Result<Report, Error> {
     };
     let answer = connect::with(target, async |client| client.create_certificate(&wanted).await)?;
     let now = clock::now();
-    let granted = Granted::checked(&answer, &asked.public, expected.as_ref(), now)
+    let granted = Granted::checked(&answer, &asked.public, expected.as_ref(), None, now)
         .map_err(|fault| Error::Answer { address, fault: fault.to_string() })?;
 
     let (chain_pem, roots_pem) = (granted.chain_pem(), granted.bundle.pem().clone());
