@@ -122,9 +122,9 @@ impl Authority {
         let identity = order.profile.name();
         let not_after = issued.validity.not_after.format(&Rfc3339).unwrap_or_default();
         tracing::info!(
-            identity = &*identity,
+            %identity,
             serial = %issued.serial,
-            not_after = not_after.as_str(),
+            %not_after,
             why,
             authenticator,
             source = source.map(tracing::field::display),

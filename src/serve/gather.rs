@@ -26,6 +26,9 @@ const PATIENCE: Duration = Duration::from_millis(2);
 pub(super) struct Gather<S> {
     stream: S,
     unanswered: Arc<Unanswered>,
+    /// Whether the client has said anything. Until then nothing waits: it may wait for the server's settings, and the HTTP
+    /// library flushes those once.
+    heard: bool,
     /// Not written yet, from `written` on. Empty, and without memory, on a connection that idles.
     gathered: Vec<u8>,
     written: usize,
@@ -38,20 +41,20 @@ struct Waiting {
     since: Instant,
     /// When the others' turn began,
     last: Instant,
-    /// and whether it is over. The HTTP library reads at the beginning of its own, and then writes and flushes several times.
+    /// and whether it is over: the HTTP library reads first in each of its own, and then writes and flushes several times.
     over: bool,
 }
 
 impl<S> Gather<S> {
     pub(super) fn new(stream: S, unanswered: Arc<Unanswered>) -> Self {
-        Self { stream, unanswered, gathered: Vec::new(), written: 0, waiting: None }
+        Self { stream, unanswered, heard: false, gathered: Vec::new(), written: 0, waiting: None }
     }
 }
 
 impl<S: AsyncWrite + Unpin> Gather<S> {
     /// Whether what is gathered should wait for more.
     fn waits(&mut self, now: Instant) -> bool {
-        if self.gathered.is_empty() || self.written > 0 || self.gathered.len() >= MOST {
+        if !self.heard || self.gathered.is_empty() || self.written > 0 || self.gathered.len() >= MOST {
             return false;
         }
         let Some(Waiting { since, last, over }) = &mut self.waiting else {
@@ -92,7 +95,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
         if let Some(waiting) = &mut self.waiting {
             waiting.over = true;
         }
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        self.heard |= buffer.filled().len() > before;
+        read
     }
 }
 
@@ -167,7 +173,7 @@ mod tests {
     }
 
     fn gather<S>(stream: S) -> Gather<S> {
-        Gather::new(stream, Arc::default())
+        Gather { heard: true, ..Gather::new(stream, Arc::default()) }
     }
 
     /// What others did took its time, and then the HTTP library reads.
@@ -220,6 +226,22 @@ mod tests {
         full.gathered.resize(MOST, 0);
         assert!(!full.waits(at(0)));
         assert!(!super::tests::gather(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
+    }
+
+    /// RFC 9113 3.4: either side may be the first to send its settings.
+    #[tokio::test]
+    async fn who_waits_for_the_servers_settings_gets_them() {
+        let (ours, mut theirs) = duplex(1_024);
+        let mut gather = Gather::new(ours, Arc::default());
+        gather.write_all(b"settings").await.unwrap();
+        gather.flush().await.unwrap();
+        let mut read = [0; 8];
+        theirs.read_exact(&mut read).await.unwrap();
+        assert_eq!(read, *b"settings");
+        theirs.write_all(b"PRI").await.unwrap();
+        assert_eq!(gather.read(&mut read).await.unwrap(), 3);
+        gather.write_all(b"answer").await.unwrap();
+        assert!(gather.waits(Instant::now()));
     }
 
     #[tokio::test]
