@@ -228,7 +228,7 @@ mod tests {
         assert!(!super::tests::gather(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
     }
 
-    /// RFC 9113 3.4: either side may be the first to send its settings.
+    /// RFC 9113 3.2: both sides speak as soon as the handshake is done.
     #[tokio::test]
     async fn who_waits_for_the_servers_settings_gets_them() {
         let (ours, mut theirs) = duplex(1_024);

@@ -1,6 +1,6 @@
 //! Below the request: protobuf, gRPC, HTTP/2, TLS. Web has a good certificate, and sends what no client should.
 
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::net::TcpStream;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -28,6 +28,7 @@ pub(super) const ROWS: &[Row] = &[
     // What the others differ from.
     ("a request made by hand", |s| call(s, |_| ()), Own(WEB)),
     ("a request in frames made by hand", |s| frames(s, &headers(PATH)), Own(WEB)),
+    ("a request of a client that waits for the server's settings", patient, Own(WEB)),
 
     // Protobuf.
     ("no bytes of a message", |s| message(s, |_| Vec::new()), invalid("CSR_MALFORMED")),
@@ -233,6 +234,20 @@ pub(super) fn headers(path: &str) -> Vec<u8> {
 
 /// One request in HTTP/2 frames made by hand, for which http's types would not do.
 pub(super) fn frames(stage: &Stage, headers: &[u8]) -> Answer {
+    frames_on(stream(stage, &[b"h2"]), headers)
+}
+
+/// RFC 9113 3.2: both sides speak as soon as the handshake is done.
+fn patient(stage: &Stage) -> Answer {
+    let mut tls = stream(stage, &[b"h2"]);
+    let mut head = [0; 9];
+    tls.read_exact(&mut head).unwrap();
+    let mut settings = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    tls.read_exact(&mut settings).unwrap();
+    frames_on(tls, &headers(PATH))
+}
+
+fn frames_on(mut tls: impl std::io::Read + std::io::Write, headers: &[u8]) -> Answer {
     let asked = mtls::ask(mtls::csr(WEB));
     let (spki, lifetime) = (spki(&asked.csr), asked.validity_duration);
     let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
@@ -251,7 +266,6 @@ pub(super) fn frames(stage: &Stage, headers: &[u8]) -> Answer {
         frame(DATA, 1, 1, &framed(&asked.encode_to_vec())),
     ]
     .concat();
-    let mut tls = stream(stage, &[b"h2"]);
     if let Err(fault) = tls.write_all(&sent) {
         return Answer::Cut(fault.to_string());
     }
