@@ -67,9 +67,7 @@ where
         let metadata = event.metadata();
         writer.write_str("{\"timestamp\":\"")?;
         SystemTime.format_time(&mut writer)?;
-        ["\",\"level\":\"", metadata.level().as_str(), "\""]
-            .into_iter()
-            .try_for_each(|part| writer.write_str(part))?;
+        write!(writer, "\",\"level\":\"{}\"", metadata.level())?;
         let mut fields = Fields { writer: writer.by_ref(), written: Ok(()) };
         event.record(&mut fields);
         fields.written?;
@@ -89,10 +87,8 @@ impl Fields<'_> {
         let name = field.name();
         let name = name.strip_prefix("r#").unwrap_or(name);
         let writer = &mut self.writer;
-        self.written = self
-            .written
-            .and_then(|()| [",\"", name, "\":"].into_iter().try_for_each(|part| writer.write_str(part)))
-            .and_then(|()| value(writer));
+        self.written =
+            self.written.and_then(|()| write!(writer, ",\"{name}\":")).and_then(|()| value(writer));
     }
 }
 

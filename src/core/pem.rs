@@ -122,18 +122,14 @@ pub fn encode(label: &str, der: &[u8]) -> String {
 
 /// Appends one block.
 pub fn encode_into(text: &mut String, label: &str, der: &[u8]) {
-    const LINE: usize = 64;
-    text.reserve(der.len() * 4 / 3 + der.len() / 48 + 2 * label.len() + 40);
+    const LINE: usize = 48;
+    text.reserve(der.len() * 4 / 3 + der.len() / LINE + 2 * label.len() + 40);
     for part in ["-----BEGIN ", label, "-----\n"] {
         text.push_str(part);
     }
-    let whole = Zeroizing::new(STANDARD.encode(der));
-    let mut rest = &whole[..];
-    while !rest.is_empty() {
-        let (line, after) = rest.split_at(rest.len().min(LINE));
-        text.push_str(line);
+    for line in der.chunks(LINE) {
+        STANDARD.encode_string(line, text);
         text.push('\n');
-        rest = after;
     }
     for part in ["-----END ", label, "-----\n"] {
         text.push_str(part);

@@ -1,7 +1,6 @@
 //! What each kind of certificate contains. This room alone builds certificates, and every field is set here.
 
 use ::core::net::IpAddr;
-use std::borrow::Cow;
 
 use time::OffsetDateTime;
 
@@ -128,12 +127,12 @@ impl Profile<'_> {
     }
 
     /// Whom it names, for people.
-    pub fn name(&self) -> Cow<'_, str> {
+    pub fn name(&self) -> String {
         match self {
-            Self::Serving { dns, .. } => dns.first().map_or("mica", DnsName::as_str).into(),
-            Self::Workload { id, .. } => id.as_str().into(),
+            Self::Serving { dns, .. } => dns.first().map_or_else(|| "mica".to_owned(), DnsName::to_string),
+            Self::Workload { id, .. } => id.to_string(),
             Self::Root { trust_domain, .. } | Self::Intermediate { trust_domain, .. } => {
-                trust_domain.id().to_string().into()
+                trust_domain.id().to_string()
             }
         }
     }

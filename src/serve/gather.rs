@@ -41,7 +41,8 @@ struct Waiting {
     since: Instant,
     /// When the others' turn began,
     last: Instant,
-    /// and whether it is over: the HTTP library reads first in each of its own, and then writes and flushes several times.
+    /// and whether it is over: the HTTP library reads before it writes in each of its own. When new requests come it does
+    /// both again in the same turn, and what waits may leave early then, which costs a packet.
     over: bool,
 }
 
@@ -205,27 +206,27 @@ mod tests {
     fn an_answer_waits_while_others_of_its_client_are_worked_on_and_not_for_long() {
         let begun = Instant::now();
         let at = |microseconds| begun + Duration::from_micros(microseconds);
-        let gather = || Gather { gathered: b"answer".to_vec(), ..gather(tokio::io::sink()) };
+        let answer = || Gather { gathered: b"answer".to_vec(), ..gather(tokio::io::sink()) };
         let waits = |gather: &mut Gather<_>, microseconds| {
             turn(gather);
             gather.waits(at(microseconds))
         };
         let asked = |gather: &Gather<_>| gather.unanswered.begin(Duration::from_secs(30));
-        let mut idle = gather();
+        let mut idle = answer();
         let _one = asked(&idle);
         assert!(waits(&mut idle, 0) && !waits(&mut idle, 19));
-        let mut busy = gather();
+        let mut busy = answer();
         let _one = asked(&busy);
         assert!((0..20).all(|turn| waits(&mut busy, turn * 100)));
         assert!(!waits(&mut busy, 2_000));
-        let mut last = gather();
+        let mut last = answer();
         assert!(waits(&mut last, 0) && !waits(&mut last, 100));
-        let mut unread = gather();
+        let mut unread = answer();
         assert!(unread.waits(at(0)) && unread.waits(at(1_999)) && !unread.waits(at(2_000)));
-        let mut full = gather();
+        let mut full = answer();
         full.gathered.resize(MOST, 0);
         assert!(!full.waits(at(0)));
-        assert!(!super::tests::gather(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
+        assert!(!gather(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
     }
 
     /// RFC 9113 3.2: both sides speak as soon as the handshake is done.
