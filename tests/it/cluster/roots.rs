@@ -163,6 +163,8 @@ fn the_roots_are_everywhere_and_stay_as_they_are() {
     let mica = start(&place, &plane, &[]);
     let fresh = plane.namespace();
     Maps::of(&plane, &fresh.name, NAME).wait(&roots);
+    // It is there before Mica has heard so, and counts it.
+    wait_for(PROMPT, "its count", || (written(&mica, "configmap") > 0.0).then_some(()));
     assert_eq!((written(&mica, "configmap"), written(&mica, "clustertrustbundle")), (1.0, 0.0));
     assert_eq!(maps.get().unwrap().metadata.resource_version, before);
     mica.stop();
