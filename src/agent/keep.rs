@@ -12,7 +12,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{self, JoinSet};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::ask::{Credentials, Error};
 use super::held::{Authorities, Bundles, Svid};
@@ -24,14 +24,12 @@ use crate::core::inspect::one_line;
 use crate::core::lifetime::shown;
 use crate::core::rotation::{Due, Now, renew_from, retry_after};
 use crate::core::spiffe::{SpiffeId, TrustDomain};
+use crate::core::window::Window;
 use crate::core::{chain, granted};
 use crate::proto::mica::v1::{Bundle, WatchBundlesResponse};
 use crate::sys::{clock, files, keys};
 use crate::trace::{Span, Tracer};
 
-/// So many requests are under way at once, as proxies of a node have it. With 32 an agent does a fifth less for each, and a
-/// thousand that begin together fill an authority's queue four times over.
-const AT_ONCE: usize = 8;
 /// A request that takes longer has failed.
 const ANSWER: Duration = Duration::from_secs(45);
 /// A clock that was set, or a machine that slept, is noticed this late.
@@ -49,6 +47,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         entries: HashMap::new(),
         line: VecDeque::new(),
         tasks: JoinSet::new(),
+        window: Window::new(),
         judged: None,
         hint,
     };
@@ -62,7 +61,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         let wait = keeper.ask_for_what_is_due();
         tokio::select! {
             Some(ended) = keeper.tasks.join_next(), if !keeper.tasks.is_empty() => match ended {
-                Ok((key, outcome)) => keeper.settle(key, outcome),
+                Ok((key, took, outcome)) => keeper.settle(key, took, outcome),
                 Err(fault) => keeper.ask_again(&fault),
             },
             Some(id) = wanted.recv() => keeper.begin(Some(id)),
@@ -118,7 +117,8 @@ struct Keeper {
     entries: HashMap<Key, Entry>,
     /// What was due when it was last looked for, and has to wait for room.
     line: VecDeque<Key>,
-    tasks: JoinSet<(Key, Outcome)>,
+    tasks: JoinSet<(Key, Duration, Outcome)>,
+    window: Window,
     /// The roots that all that is held was judged by.
     judged: Option<TrustBundle>,
     /// What was issued before is to be renewed early.
@@ -145,7 +145,7 @@ impl Keeper {
         let mut wait = LOOK;
         let mut has_looked = false;
         // Whatever ends makes room, and wakes the loop.
-        while self.tasks.len() < AT_ONCE {
+        while self.tasks.len() < self.window.size() {
             match self.line.pop_front() {
                 Some(key) => self.ask(key),
                 None if has_looked => break,
@@ -195,8 +195,9 @@ impl Keeper {
         let span = entry.span.get_or_insert_with(|| begun(&self.agent.tracer, "renewal")).part("obtain");
         let (agent, held) = (self.agent.clone(), entry.svid.clone());
         let task = self.tasks.spawn(async move {
+            let begun = Instant::now();
             let outcome = obtain(&agent, &wish, held.as_deref(), span).await;
-            (key, outcome)
+            (key, begun.elapsed(), outcome)
         });
         entry.asked = Some(task.id());
     }
@@ -212,7 +213,11 @@ impl Keeper {
         }
     }
 
-    fn settle(&mut self, key: Key, outcome: Outcome) {
+    fn settle(&mut self, key: Key, took: Duration, outcome: Outcome) {
+        match &outcome {
+            Ok(_) => self.window.answered(took),
+            Err(_) => self.window.failed(),
+        }
         let now = clock::both();
         let Some(mut entry) = self.entries.remove(&key) else { return };
         entry.asked = None;
@@ -344,7 +349,7 @@ async fn obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, mut span: Span)
 }
 
 async fn try_obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, span: &Span) -> Outcome {
-    let begun = tokio::time::Instant::now();
+    let begun = Instant::now();
     let before = agent.held.bundles().borrow().clone();
     let roots = before.as_deref().and_then(Bundles::roots);
     let asked = agent.asker.certificate(wish, held, roots, span);

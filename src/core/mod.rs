@@ -41,4 +41,5 @@ pub mod spiffe;
 pub mod token;
 pub mod trace;
 pub mod url;
+pub mod window;
 pub mod workloads;
