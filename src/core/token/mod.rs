@@ -32,7 +32,7 @@ pub enum Fault {
     #[error("the token has {0} bytes, and at most {MAX} are looked at")]
     Length(usize),
     /// Not the compact form.
-    #[error("the token is no JWT: it has {0} parts between dots instead of three")]
+    #[error("the token is no JWT: a JWT has 3 parts between dots, and this has {0}")]
     Parts(usize),
     /// A part of other bytes.
     #[error("the token is no JWT: its {0} is not base64url without padding")]
