@@ -47,7 +47,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         entries: HashMap::new(),
         line: VecDeque::new(),
         tasks: JoinSet::new(),
-        window: Window::new(),
+        window: Window::default(),
         judged: None,
         hint,
     };

@@ -18,15 +18,19 @@ pub struct Window {
     prompt: usize,
 }
 
-impl Window {
-    pub fn new() -> Self {
+impl Default for Window {
+    fn default() -> Self {
         Self { size: FIRST, prompt: 0 }
     }
+}
 
+impl Window {
+    /// So many requests may be under way.
     pub fn size(&self) -> usize {
         self.size
     }
 
+    /// A certificate came, so long after it was asked for.
     pub fn answered(&mut self, after: Duration) {
         self.prompt = if after <= PROMPT { self.prompt + 1 } else { 0 };
         if self.prompt >= self.size {
@@ -34,8 +38,9 @@ impl Window {
         }
     }
 
+    /// None came.
     pub fn failed(&mut self) {
-        *self = Self::new();
+        *self = Self::default();
     }
 }
 
@@ -45,7 +50,7 @@ mod tests {
 
     #[test]
     fn it_grows_with_prompt_answers_alone_and_begins_again_after_a_failure() {
-        let mut window = Window::new();
+        let mut window = Window::default();
         let mut after = |answers: usize, milliseconds: u64| {
             (0..answers).for_each(|_| window.answered(Duration::from_millis(milliseconds)));
             window.size()
@@ -62,7 +67,7 @@ mod tests {
     fn a_thousand_agents_crowd_nobody_out() {
         const EACH: Duration = Duration::from_micros(150);
         for agents in [1, 10, 100, 300, 1_000] {
-            let mut windows: Vec<Window> = (0..agents).map(|_| Window::new()).collect();
+            let mut windows: Vec<Window> = (0..agents).map(|_| Window::default()).collect();
             let mut queue = std::collections::VecDeque::new();
             let mut now = Duration::ZERO;
             (0..FIRST).for_each(|_| queue.extend((0..agents).map(|agent| (agent, now))));
