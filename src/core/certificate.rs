@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use pkcs8::der::Decode as _;
+use pkcs8::der::asn1::GeneralizedTime;
 use time::OffsetDateTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
@@ -439,10 +441,8 @@ pub(crate) const EMPTY_NAME: &[u8] = &[0x30, 0x00];
 
 /// Reads a DER GeneralizedTime of whole seconds in UTC.
 pub(crate) fn generalized_time(der: &[u8]) -> Option<OffsetDateTime> {
-    let [0x18, 15, text @ ..] = der else { return None };
-    let text = std::str::from_utf8(text).ok()?;
-    let format = time::macros::format_description!("[year][month][day][hour][minute][second]Z");
-    time::PrimitiveDateTime::parse(text, format).ok().map(time::PrimitiveDateTime::assume_utc)
+    let since = GeneralizedTime::from_der(der).ok()?.to_unix_duration();
+    OffsetDateTime::UNIX_EPOCH.checked_add(since.try_into().ok()?)
 }
 
 pub(crate) fn validity_of(parsed: &X509Certificate<'_>) -> Result<Validity, Error> {

@@ -1,17 +1,17 @@
 //! The second look: a finished certificate is read anew and compared with what it should be, before it leaves. A fault
 //! of the builder so becomes an error instead of a certificate.
 
-use x509_parser::certificate::X509CertificateParser;
-use x509_parser::extensions::{AuthorityKeyIdentifier, GeneralName, SubjectAlternativeName, X509Extension};
-use x509_parser::nom::Parser as _;
+use pkcs8::der::Decode as _;
+use pkcs8::der::asn1::UtcTime;
+use time::OffsetDateTime;
 use x509_parser::oid_registry::{
     OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER, OID_X509_EXT_BASIC_CONSTRAINTS, OID_X509_EXT_EXTENDED_KEY_USAGE,
     OID_X509_EXT_KEY_USAGE, OID_X509_EXT_SUBJECT_ALT_NAME, OID_X509_EXT_SUBJECT_KEY_IDENTIFIER,
 };
-use x509_parser::prelude::FromDer as _;
-use x509_parser::x509::X509Version;
 
-use super::certificate::{EMPTY_NAME, generalized_time, trimmed, validity_of};
+use super::certificate::{EMPTY_NAME, generalized_time, trimmed};
+use super::der::{self, Signed, Value, Values};
+use super::lifetime::Validity;
 use super::profile::{PROVED_AT, Profile, Template};
 
 /// What is not as it should be.
@@ -22,117 +22,148 @@ pub struct Error(&'static str);
 /// Compares a certificate with its template, field by field; the signature alone is not verified again, since an
 /// issuer has proved itself.
 pub(crate) fn check(der: &[u8], expected: &Template<'_>) -> Result<(), Error> {
-    let mut parser = X509CertificateParser::new().with_deep_parse_extensions(false);
-    let (rest, found) = parser.parse(der).map_err(|_| Error("not X.509"))?;
-    let tbs = &found.tbs_certificate;
-    let validity = validity_of(&found).map_err(|_| Error("validity"))?;
-    let algorithm = |found: &x509_parser::x509::AlgorithmIdentifier<'_>| {
-        expected.signature_algorithm.get(4..).is_some_and(|rest| rest.starts_with(found.algorithm.as_bytes()))
+    let Signed { body, algorithm, .. } = Signed::of(der).ok_or(Error("not X.509"))?;
+    let mut fields = Values::of(body.contents);
+    let mut next = |what, fits: &dyn Fn(Value<'_>) -> bool| {
+        fields.next().filter(|field| fits(*field)).ok_or(Error(what))
     };
-    for (fits, what) in [
-        (rest.is_empty(), "bytes behind it"),
-        (tbs.version == X509Version::V3, "version"),
-        (trimmed(tbs.raw_serial()) == trimmed(expected.serial.bytes()), "serial number"),
-        (tbs.raw_serial().first().is_some_and(|b| *b < 0x80), "sign of the serial number"),
-        (algorithm(&tbs.signature) && algorithm(&found.signature_algorithm), "signature algorithm"),
-        (tbs.issuer.as_raw() == expected.issuer, "issuer"),
-        (validity == expected.validity && validity.not_before <= validity.not_after, "validity"),
-        (tbs.subject.as_raw() == expected.subject, "subject"),
-        (tbs.subject_pki.raw == expected.key.spki(), "public key"),
-        (tbs.issuer_uid.is_none() && tbs.subject_uid.is_none(), "unique identifiers"),
-    ] {
-        if !fits {
-            return Err(Error(what));
-        }
+    next("version", &|field| field.whole == [0xa0, 3, 2, 1, 2])?;
+    next("serial number", &|field| {
+        let digits = field.contents;
+        let is_positive = digits.first().is_some_and(|b| *b < 0x80);
+        field.tag == der::INTEGER && is_positive && trimmed(digits) == trimmed(expected.serial.bytes())
+    })?;
+    next("signature algorithm", &|field| {
+        field.whole == expected.signature_algorithm && field.whole == algorithm.whole
+    })?;
+    next("issuer", &|field| field.whole == expected.issuer)?;
+    next("validity", &|field| {
+        let Validity { not_before, not_after } = expected.validity;
+        not_before <= not_after && moments(field) == Some([not_before, not_after])
+    })?;
+    next("subject", &|field| field.whole == expected.subject)?;
+    next("public key", &|field| field.whole == expected.key.spki())?;
+    let extensions = next("extensions", &|field| field.tag == der::explicit(3))?;
+    if !fields.is_over() {
+        return Err(Error("fields behind the extensions"));
     }
-    let wanted = match expected.profile {
-        Profile::Root { .. } | Profile::Intermediate { .. } => 5,
-        Profile::Workload { proved_at: Some(_), .. } => 7,
-        Profile::Workload { .. } | Profile::Serving { .. } => 6,
-    };
-    if tbs.extensions().len() != wanted {
-        return Err(Error("number of extensions"));
-    }
-    let mut seen = 0u8;
-    for extension in tbs.extensions() {
-        let (bit, fits, what) = extension_fits(extension, expected);
+    let mut extensions = der::sequence(extensions.contents).ok_or(Error("extensions"))?;
+    let mut seen = 0;
+    for extension in extensions.by_ref() {
+        let (bit, fits, what) = extension_fits(extension, expected).ok_or(Error("an extension's form"))?;
         if !fits || seen & bit != 0 {
             return Err(Error(what));
         }
         seen |= bit;
     }
+    let wanted = match expected.profile {
+        Profile::Root { .. } | Profile::Intermediate { .. } => 0b011_1011,
+        Profile::Workload { proved_at: Some(_), .. } => 0b111_1111,
+        Profile::Workload { .. } | Profile::Serving { .. } => 0b011_1111,
+    };
+    if seen != wanted || !extensions.is_over() {
+        return Err(Error("number of extensions"));
+    }
     Ok(())
 }
 
-/// What is the same in all certificates of a profile is compared with the DER of RFC 5280 4.2.1, written out here.
-fn extension_fits(found: &X509Extension<'_>, expected: &Template<'_>) -> (u8, bool, &'static str) {
+/// RFC 5280 4.1.2.5.
+fn moments(validity: Value<'_>) -> Option<[OffsetDateTime; 2]> {
+    let mut times = Values::of(validity.contents);
+    let mut next = || {
+        let time = times.next()?;
+        match time.tag {
+            der::UTC_TIME => {
+                let since = UtcTime::from_der(time.whole).ok()?.to_unix_duration();
+                OffsetDateTime::UNIX_EPOCH.checked_add(since.try_into().ok()?)
+            }
+            _ => generalized_time(time.whole),
+        }
+    };
+    let found = [next()?, next()?];
+    (validity.tag == der::SEQUENCE && times.is_over()).then_some(found)
+}
+
+/// A bit of its own, whether it is what it should be, and its name. What is the same in all certificates of a profile is
+/// compared with the DER of RFC 5280 4.2.1, written out here.
+fn extension_fits(found: Value<'_>, expected: &Template<'_>) -> Option<(u8, bool, &'static str)> {
     const SERVER: [u8; 10] = [6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1];
     const CLIENT: [u8; 10] = [6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 2];
-    let X509Extension { oid, critical, value, .. } = found;
-    if *oid == OID_X509_EXT_BASIC_CONSTRAINTS {
+    let mut parts = Values::of(found.contents);
+    let oid = parts.one(der::OID)?.contents;
+    let mut next = parts.next()?;
+    let critical = next.whole == [der::BOOLEAN, 1, 0xff];
+    if critical {
+        next = parts.next()?;
+    }
+    if found.tag != der::SEQUENCE || next.tag != der::OCTET_STRING || !parts.is_over() {
+        return None;
+    }
+    let value = next.contents;
+    Some(if oid == OID_X509_EXT_BASIC_CONSTRAINTS.as_bytes() {
         let wanted: &[u8] = match expected.profile {
             Profile::Root { .. } => &[0x30, 3, 1, 1, 0xff],
             Profile::Intermediate { .. } => &[0x30, 6, 1, 1, 0xff, 2, 1, 0],
             Profile::Workload { .. } | Profile::Serving { .. } => &[0x30, 0],
         };
-        (1, *critical && *value == wanted, "basic constraints")
-    } else if *oid == OID_X509_EXT_KEY_USAGE {
+        (1, critical && value == wanted, "basic constraints")
+    } else if oid == OID_X509_EXT_KEY_USAGE.as_bytes() {
         // keyCertSign and cRLSign, or digitalSignature.
         let wanted = if expected.profile.is_ca() { [3, 2, 1, 0b0000_0110] } else { [3, 2, 7, 0b1000_0000] };
-        (2, *critical && *value == wanted, "key usage")
-    } else if *oid == OID_X509_EXT_EXTENDED_KEY_USAGE {
+        (2, critical && value == wanted, "key usage")
+    } else if oid == OID_X509_EXT_EXTENDED_KEY_USAGE.as_bytes() {
         let fits = match expected.profile {
             Profile::Root { .. } | Profile::Intermediate { .. } => false,
-            Profile::Workload { .. } => *value == [&[0x30, 20], &SERVER[..], &CLIENT[..]].concat(),
-            Profile::Serving { .. } => *value == [&[0x30, 10], &SERVER[..]].concat(),
+            Profile::Workload { .. } => value == [&[0x30, 20], &SERVER[..], &CLIENT[..]].concat(),
+            Profile::Serving { .. } => value == [&[0x30, 10], &SERVER[..]].concat(),
         };
         (4, !critical && fits, "extended key usage")
-    } else if *oid == OID_X509_EXT_SUBJECT_KEY_IDENTIFIER {
+    } else if oid == OID_X509_EXT_SUBJECT_KEY_IDENTIFIER.as_bytes() {
         let fits = value.strip_prefix(&[4, 20]) == Some(&expected.key.identifier());
         (8, !critical && fits, "subject key identifier")
-    } else if *oid == OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER {
-        let fits = AuthorityKeyIdentifier::from_der(value).is_ok_and(|(rest, identifier)| {
-            rest.is_empty()
-                && identifier.key_identifier.is_some_and(|k| k.0 == expected.authority_identifier)
-                && identifier.authority_cert_issuer.is_none()
-                && identifier.authority_cert_serial.is_none()
+    } else if oid == OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER.as_bytes() {
+        let fits = der::sequence(value).is_some_and(|mut found| {
+            let identifier = found.one(der::implicit(0));
+            found.is_over() && identifier.is_some_and(|found| found.contents == expected.authority_identifier)
         });
         (16, !critical && fits, "authority key identifier")
-    } else if *oid == OID_X509_EXT_SUBJECT_ALT_NAME {
-        let fits = *critical == (expected.subject == EMPTY_NAME)
-            && SubjectAlternativeName::from_der(value)
-                .is_ok_and(|(rest, names)| rest.is_empty() && names_fit(&names.general_names, expected));
+    } else if oid == OID_X509_EXT_SUBJECT_ALT_NAME.as_bytes() {
+        let fits = critical == (expected.subject == EMPTY_NAME) && names_fit(value, expected);
         (32, fits, "subject alternative name")
-    } else if oid.as_bytes() == PROVED_AT
+    } else if oid == PROVED_AT
         && let Profile::Workload { proved_at: Some(at), .. } = expected.profile
     {
         (64, !critical && generalized_time(value) == Some(*at), "proved at")
     } else {
         (0, false, "an extension that no profile has")
-    }
+    })
 }
 
-fn names_fit(found: &[GeneralName<'_>], expected: &Template<'_>) -> bool {
-    let mut found = found.iter();
-    let mut next_is = |wanted: GeneralName<'_>| found.next() == Some(&wanted);
+/// GeneralNames, RFC 5280 4.2.1.6.
+fn names_fit(value: &[u8], expected: &Template<'_>) -> bool {
+    const DNS: u8 = 0x82;
+    const URI: u8 = 0x86;
+    const ADDRESS: u8 = 0x87;
+    let Some(mut found) = der::sequence(value) else { return false };
+    let mut next_is = |tag, name: &[u8]| found.one(tag).is_some_and(|found| found.contents == name);
     let fits = match expected.profile {
         Profile::Root { trust_domain, .. } | Profile::Intermediate { trust_domain, .. } => {
-            next_is(GeneralName::URI(trust_domain.id().as_str()))
+            next_is(URI, trust_domain.id().as_str().as_bytes())
         }
         Profile::Workload { id, dns, .. } => {
             !id.path().is_empty()
-                && next_is(GeneralName::URI(id.as_str()))
-                && dns.iter().all(|name| next_is(GeneralName::DNSName(name.as_str())))
+                && next_is(URI, id.as_str().as_bytes())
+                && dns.iter().all(|name| next_is(DNS, name.as_str().as_bytes()))
         }
         Profile::Serving { dns, addresses } => {
-            dns.iter().all(|name| next_is(GeneralName::DNSName(name.as_str())))
+            dns.iter().all(|name| next_is(DNS, name.as_str().as_bytes()))
                 && addresses.iter().all(|address| match address {
-                    ::core::net::IpAddr::V4(v4) => next_is(GeneralName::IPAddress(&v4.octets())),
-                    ::core::net::IpAddr::V6(v6) => next_is(GeneralName::IPAddress(&v6.octets())),
+                    ::core::net::IpAddr::V4(v4) => next_is(ADDRESS, &v4.octets()),
+                    ::core::net::IpAddr::V6(v6) => next_is(ADDRESS, &v6.octets()),
                 })
         }
     };
-    fits && found.next().is_none()
+    fits && found.is_over()
 }
 
 #[cfg(test)]
@@ -225,7 +256,7 @@ mod tests {
         }
         let mut longer = der.clone();
         longer.push(0);
-        assert_eq!(check(&longer, &of(&plain)), Err(Error("bytes behind it")));
+        assert_eq!(check(&longer, &of(&plain)), Err(Error("not X.509")));
         assert_eq!(check(&longer[..100], &of(&plain)), Err(Error("not X.509")));
     }
 }

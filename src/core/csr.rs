@@ -2,14 +2,15 @@
 //! who decide, and never signed because they were asked for. Reading and checking is done here; rcgen writes those that
 //! Mica asks others with, and never reads one.
 
+use pkcs8::ObjectIdentifier;
 use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyUsagePurpose, SanType};
-use x509_parser::asn1_rs::Any;
-use x509_parser::certification_request::{X509CertificationRequest, X509CertificationRequestInfo};
-use x509_parser::cri_attributes::ParsedCriAttribute;
-use x509_parser::der_parser::ber::parse_ber_set;
 use x509_parser::extensions::{GeneralName, ParsedExtension, X509Extension};
+use x509_parser::oid_registry::OID_PKCS9_EXTENSION_REQUEST;
 use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::X509Name;
 
+use super::certificate::EMPTY_NAME;
+use super::der::{self, Signed, Value, Values};
 use super::key::{self, IssuerKey as _, PublicKey, SignatureFault, SigningKey};
 use super::pem;
 use super::profile::{DnsName, Organization, ca_name};
@@ -123,26 +124,18 @@ impl CheckedCsr {
         if der.len() > MAX {
             return Err(Error::TooLong(der.len()));
         }
-        let (rest, csr) = X509CertificationRequest::from_der(der).map_err(|_| Error::Der)?;
-        if !rest.is_empty() {
-            return Err(Error::Der);
-        }
-        let info = &csr.certification_request_info;
-        // The parser passes over what stands behind the last part that it knows.
-        if !has_parts(der, 3) || !has_parts(info.raw, 4) {
-            return Err(Error::Der);
-        }
-        let key = PublicKey::from_spki(info.subject_pki.raw)?;
-        let algorithm = algorithm_after(der, info.raw).ok_or(Error::Der)?;
-        key.verify(algorithm, info.raw, &csr.signature_value.data).map_err(|fault| match fault {
-            SignatureFault::Algorithm => {
-                Error::SignatureAlgorithm(csr.signature_algorithm.algorithm.to_id_string())
-            }
+        let Signed { body, algorithm, signature } = Signed::of(der).ok_or(Error::Der)?;
+        let Info { subject, spki, attributes } = Info::of(body.contents).ok_or(Error::Der)?;
+        let key = PublicKey::from_spki(spki)?;
+        key.verify(algorithm.whole, body.whole, signature).map_err(|fault| match fault {
+            SignatureFault::Algorithm => Error::SignatureAlgorithm(name_of(algorithm)),
             SignatureFault::Wrong => Error::Signature,
         })?;
-        let mut requested = Requested { subject: info.subject.to_string(), ..Requested::default() };
+        let mut requested = Requested { subject: text_of(subject)?, ..Requested::default() };
         let mut uris = 0;
-        for extension in requested_extensions(info)? {
+        for extension in requested_extensions(attributes)? {
+            let (_, extension) = X509Extension::from_der(extension.whole)
+                .map_err(|_| Error::Extension("RFC 5280 4.1 has none of its form".to_owned()))?;
             match extension.parsed_extension() {
                 ParsedExtension::BasicConstraints(constraints) if constraints.ca => return Err(Error::Ca),
                 ParsedExtension::SubjectAlternativeName(san) => {
@@ -227,43 +220,65 @@ fn ia5(text: &str) -> Result<rcgen::string::Ia5String, Error> {
     text.try_into().map_err(|_| Error::Make(format!("{text:?} is not ASCII")))
 }
 
-/// PKCS#9 5.4.2 has one request for extensions, of one value. The parser looks at the first alone, so that a second one
-/// could hide what it asks for from us and show it to another reader.
-fn requested_extensions<'a>(
-    info: &'a X509CertificationRequestInfo<'_>,
-) -> Result<&'a [X509Extension<'a>], Error> {
-    let mut found: &[X509Extension<'_>] = &[];
-    let mut count = 0;
-    for attribute in info.iter_attributes() {
-        if let ParsedCriAttribute::ExtensionRequest(request) = attribute.parsed_attribute() {
-            let (_, values) = parse_ber_set(attribute.value).map_err(|_| Error::Der)?;
-            count += values.as_set().map_or(0, Vec::len);
-            found = &request.extensions;
+/// CertificationRequestInfo, RFC 2986 4.1.
+struct Info<'a> {
+    subject: &'a [u8],
+    spki: &'a [u8],
+    attributes: &'a [u8],
+}
+
+impl<'a> Info<'a> {
+    fn of(contents: &'a [u8]) -> Option<Self> {
+        let mut parts = Values::of(contents);
+        // Its number is of no use: all have the same parts.
+        parts.one(der::INTEGER)?;
+        let (subject, spki) = (parts.one(der::SEQUENCE)?.whole, parts.one(der::SEQUENCE)?.whole);
+        let attributes = parts.one(der::explicit(0))?.contents;
+        parts.is_over().then_some(Self { subject, spki, attributes })
+    }
+}
+
+/// PKCS#9 5.4.2 has one request for extensions, of one value. A reader that looks at the first alone would not see what a
+/// second one asks for.
+fn requested_extensions(attributes: &[u8]) -> Result<Vec<Value<'_>>, Error> {
+    let mut requests = Vec::new();
+    let mut attributes = Values::of(attributes);
+    for attribute in attributes.by_ref() {
+        let mut parts = Values::of(attribute.contents);
+        let (Some(oid), Some(values)) = (parts.one(der::OID), parts.one(der::SET)) else {
+            return Err(Error::Der);
+        };
+        if attribute.tag != der::SEQUENCE || !parts.is_over() {
+            return Err(Error::Der);
+        }
+        if oid.contents == OID_PKCS9_EXTENSION_REQUEST.as_bytes() {
+            requests.extend(der::all(values.contents).ok_or(Error::Der)?);
         }
     }
-    if count > 1 {
-        return Err(Error::Extension("it has several requests for extensions".to_owned()));
+    if !attributes.is_over() {
+        return Err(Error::Der);
     }
-    Ok(found)
+    match requests[..] {
+        [] => Ok(Vec::new()),
+        [extensions] if extensions.tag == der::SEQUENCE => der::all(extensions.contents).ok_or(Error::Der),
+        [_] => Err(Error::Der),
+        _ => Err(Error::Extension("it has several requests for extensions".to_owned())),
+    }
 }
 
-/// Whether a DER value is made of so many others, to its last byte.
-fn has_parts(der: &[u8], wanted: usize) -> bool {
-    let Ok((_, whole)) = Any::from_der(der) else { return false };
-    let mut rest = whole.data;
-    for _ in 0..wanted {
-        let Ok((behind, _)) = Any::from_der(rest) else { return false };
-        rest = behind;
+/// RFC 2253's text of a Name; empty of an empty one.
+fn text_of(name: &[u8]) -> Result<String, Error> {
+    if name == EMPTY_NAME {
+        return Ok(String::new());
     }
-    rest.is_empty()
+    X509Name::from_der(name).map(|(_, name)| name.to_string()).map_err(|_| Error::Der)
 }
 
-/// The AlgorithmIdentifier stands between the signed part and the signature; the parser gives only its pieces.
-pub(crate) fn algorithm_after<'a>(der: &'a [u8], info: &[u8]) -> Option<&'a [u8]> {
-    let start = info.as_ptr() as usize - der.as_ptr() as usize + info.len();
-    let rest = der.get(start..)?;
-    let length = usize::from(*rest.get(1).filter(|length| **length < 0x80)?);
-    rest.get(..2 + length)
+/// What an AlgorithmIdentifier names.
+fn name_of(algorithm: Value<'_>) -> String {
+    let oid = Values::of(algorithm.contents).one(der::OID);
+    oid.and_then(|oid| ObjectIdentifier::from_bytes(oid.contents).ok())
+        .map_or_else(|| "an algorithm without a name".to_owned(), |oid| oid.to_string())
 }
 
 #[cfg(test)]
@@ -316,10 +331,33 @@ mod tests {
     }
 
     #[test]
+    fn attributes_that_cannot_be_read_are_not_passed_over() {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let requested = |values: &[u8]| {
+            let request = rcgen::Attribute { oid: &[1, 2, 840, 113549, 1, 9, 14], values: values.to_vec() };
+            let parameters = CertificateParams::default();
+            let csr = parameters.serialize_request_with_attributes(&key, vec![request]).unwrap();
+            CheckedCsr::from_der(csr.der()).map(|csr| csr.requested().clone())
+        };
+        // No request, and one for nothing.
+        for values in [&[0x31, 0][..], &[0x31, 2, 0x30, 0]] {
+            assert!(requested(values).is_ok(), "{values:?}");
+        }
+        // A SEQUENCE in place of the SET, a number in place of the list, a list with something behind it, one that is
+        // longer than its SET.
+        for values in
+            [&[0x30, 2, 0x30, 0][..], &[0x31, 3, 2, 1, 1], &[0x31, 3, 0x30, 0, 0], &[0x31, 2, 0x30, 1]]
+        {
+            assert_eq!(requested(values), Err(Error::Der), "{values:?}");
+        }
+        // A number in place of an extension.
+        assert!(matches!(requested(&[0x31, 5, 0x30, 3, 2, 1, 1]), Err(Error::Extension(_))));
+    }
+
+    #[test]
     fn nothing_stands_behind_the_parts_of_a_csr() {
         let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
         let der = workload(&key, &SpiffeId::parse("spiffe://cluster.local/a").unwrap(), &[]).unwrap();
-        assert!(has_parts(&der, 3) && !has_parts(&der, 2) && !has_parts(&der, 4));
         // A NULL more, and the length of the whole, which takes one byte or two behind its own.
         let mut longer = [&der[..], &[5, 0]].concat();
         let last = usize::from(1 + (der[1] & 0x7f));

@@ -1,4 +1,7 @@
-//! The little DER (X.690) that certificates need to be written. Reading is x509-parser's.
+//! The little DER (X.690) that certificates need to be written, and the outlines of what is read: the contents are for
+//! x509-parser, where they are more than bytes to compare.
+
+use pkcs8::der::{Decode as _, Header, Reader as _, SliceReader};
 
 pub(crate) const BOOLEAN: u8 = 0x01;
 pub(crate) const INTEGER: u8 = 0x02;
@@ -103,9 +106,108 @@ impl Writer {
     }
 }
 
+/// A value that was read.
+#[derive(Clone, Copy)]
+pub(crate) struct Value<'a> {
+    pub(crate) tag: u8,
+    pub(crate) contents: &'a [u8],
+    /// With its tag and its length.
+    pub(crate) whole: &'a [u8],
+}
+
+/// Values that stand one behind another, with nothing between them. Their lengths have to be in the shortest form.
+pub(crate) struct Values<'a>(&'a [u8]);
+
+impl<'a> Values<'a> {
+    pub(crate) fn of(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    /// Whether all were read. Something that is no value is never read.
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The next one, if it has this tag.
+    pub(crate) fn one(&mut self, tag: u8) -> Option<Value<'a>> {
+        self.next().filter(|value| value.tag == tag)
+    }
+}
+
+impl<'a> Iterator for Values<'a> {
+    type Item = Value<'a>;
+
+    fn next(&mut self) -> Option<Value<'a>> {
+        let tag = *self.0.first()?;
+        let mut reader = SliceReader::new(self.0).ok()?;
+        let header = Header::decode(&mut reader).ok()?;
+        let contents = reader.read_slice(header.length()).ok()?;
+        let (whole, behind) = self.0.split_at(self.0.len() - usize::try_from(reader.remaining_len()).ok()?);
+        self.0 = behind;
+        Some(Value { tag, contents, whole })
+    }
+}
+
+/// What certificates and CSRs are: something, and a signature on it (RFC 5280 4.1, RFC 2986 4.2).
+pub(crate) struct Signed<'a> {
+    pub(crate) body: Value<'a>,
+    pub(crate) algorithm: Value<'a>,
+    pub(crate) signature: &'a [u8],
+}
+
+impl<'a> Signed<'a> {
+    /// If the three parts are there and nothing else is.
+    pub(crate) fn of(der: &'a [u8]) -> Option<Self> {
+        let mut parts = sequence(der)?;
+        let (body, algorithm) = (parts.one(SEQUENCE)?, parts.one(SEQUENCE)?);
+        // All signatures are of whole bytes.
+        let signature = parts.one(BIT_STRING)?.contents.strip_prefix(&[0])?;
+        parts.is_over().then_some(Self { body, algorithm, signature })
+    }
+}
+
+/// What a SEQUENCE holds that is all there is.
+pub(crate) fn sequence(der: &[u8]) -> Option<Values<'_>> {
+    let mut all = Values::of(der);
+    let list = all.one(SEQUENCE)?;
+    all.is_over().then(|| Values::of(list.contents))
+}
+
+/// All values, if nothing is left behind the last.
+pub(crate) fn all(contents: &[u8]) -> Option<Vec<Value<'_>>> {
+    let mut values = Values::of(contents);
+    let found = values.by_ref().collect();
+    values.is_over().then_some(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_read_one_by_one_and_strictly() {
+        let bytes = [0x30, 3, 2, 1, 5, 4, 0];
+        let mut values = Values::of(&bytes);
+        let first = values.one(SEQUENCE).unwrap();
+        assert_eq!((first.contents, first.whole), (&bytes[2..5], &bytes[..5]));
+        assert_eq!(values.by_ref().map(|value| value.tag).collect::<Vec<_>>(), [OCTET_STRING]);
+        assert!(values.one(SEQUENCE).is_none() && values.is_over());
+        let long = [&[4, 0x81, 0x80][..], &[7; 128]].concat();
+        assert_eq!(Values::of(&long).next().unwrap().contents, [7; 128]);
+        // Cut off, lengths that are longer than need be, without an end, longer than all there is.
+        for bad in [
+            &[][..],
+            &[4],
+            &[4, 2, 7],
+            &[4, 0x81, 1, 7],
+            &[4, 0x82, 0, 0x80],
+            &[0x30, 0x80, 0, 0],
+            &[4, 0x84, 0xff, 0xff, 0xff, 0xff],
+        ] {
+            let mut values = Values::of(bad);
+            assert!(values.next().is_none() && values.is_over() == bad.is_empty(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn lengths_take_the_shortest_form() {

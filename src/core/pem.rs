@@ -108,6 +108,10 @@ pub fn blocks(text: &[u8]) -> Result<Vec<Block>, Error> {
             }
         }
         let der = STANDARD.decode(&*body).map_err(|_| Error::NotBase64 { label: label.clone(), line: at })?;
+        if !label.contains("PRIVATE") {
+            // Need not be wiped.
+            drop(std::mem::take(&mut *body));
+        }
         found.push(Block { label, der: Zeroizing::new(der), line: at, headers });
     }
     Ok(found)

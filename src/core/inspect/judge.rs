@@ -16,7 +16,8 @@ use crate::core::authority_files::{self, CA_CERT, ROOT_CERT};
 use crate::core::bundle::TrustBundle;
 use crate::core::certificate::{Certificate, hex};
 use crate::core::chain;
-use crate::core::csr::{self, CheckedCsr, algorithm_after};
+use crate::core::csr::{self, CheckedCsr};
+use crate::core::der::Signed;
 use crate::core::key::{self, PrivateKey, PublicKey, SignatureFault};
 use crate::core::spiffe::TrustDomain;
 
@@ -440,10 +441,8 @@ fn judge_chain(
 
 /// Whether a key signed a certificate; unknown where the algorithm is.
 fn is_signed_by(certificate: &Certificate, key: &PublicKey) -> Option<bool> {
-    let (_, parsed) = X509Certificate::from_der(certificate.der()).ok()?;
-    let tbs: &[u8] = parsed.tbs_certificate.as_ref();
-    let algorithm = algorithm_after(certificate.der(), tbs)?;
-    match key.verify(algorithm, tbs, &parsed.signature_value.data) {
+    let Signed { body, algorithm, signature } = Signed::of(certificate.der())?;
+    match key.verify(algorithm.whole, body.whole, signature) {
         Ok(()) => Some(true),
         Err(SignatureFault::Wrong) => Some(false),
         Err(SignatureFault::Algorithm) => None,
