@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -88,28 +89,44 @@ impl Drop for Room {
 
 /// The requests of one connection that are not done, by when they have to be.
 #[derive(Debug, Default)]
-pub(super) struct Unanswered(Mutex<(BTreeSet<(Instant, u64)>, u64)>);
+pub(super) struct Unanswered(Mutex<Requested>);
+
+#[derive(Debug, Default)]
+struct Requested {
+    open: BTreeSet<(Instant, u64)>,
+    count: u64,
+    /// Who waits for the last.
+    waker: Option<Waker>,
+}
 
 impl Unanswered {
     /// Whether one is above its time.
     pub(super) fn is_overdue(&self) -> bool {
-        self.lock().0.first().is_some_and(|(deadline, _)| *deadline < Instant::now())
+        self.lock().open.first().is_some_and(|(deadline, _)| *deadline < Instant::now())
     }
 
-    /// Whether there is one.
-    pub(super) fn any(&self) -> bool {
-        !self.lock().0.is_empty()
+    /// Whether there is one. Whoever waits for that to change is woken.
+    pub(super) fn any_but_wake(&self, waker: &Waker) -> bool {
+        let mut all = self.lock();
+        if all.open.is_empty() {
+            return false;
+        }
+        match &mut all.waker {
+            Some(known) => known.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+        true
     }
 
     pub(super) fn begin(self: &Arc<Self>, within: Duration) -> Open {
         let mut all = self.lock();
-        all.1 += 1;
-        let at = (Instant::now() + within, all.1);
-        all.0.insert(at);
+        all.count += 1;
+        let at = (Instant::now() + within, all.count);
+        all.open.insert(at);
         Open { of: self.clone(), at }
     }
 
-    fn lock(&self) -> MutexGuard<'_, (BTreeSet<(Instant, u64)>, u64)> {
+    fn lock(&self) -> MutexGuard<'_, Requested> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -122,7 +139,14 @@ pub(super) struct Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.of.lock().0.remove(&self.at);
+        let mut all = self.of.lock();
+        all.open.remove(&self.at);
+        if all.open.is_empty()
+            && let Some(waker) = all.waker.take()
+        {
+            drop(all);
+            waker.wake();
+        }
     }
 }
 
@@ -290,6 +314,6 @@ mod tests {
         drop(second);
         assert!(!unanswered.is_overdue());
         drop(slow);
-        assert!(unanswered.lock().0.is_empty());
+        assert!(unanswered.lock().open.is_empty());
     }
 }

@@ -4,24 +4,21 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::bounds::Unanswered;
 
 /// What a TLS record holds at most (RFC 8446 5.1). More is written without waiting for more.
 const MOST: usize = 16 * 1024;
-/// Other tasks that took longer before it was this one's turn again did some of the work that answers come of. On an idle
-/// server nothing waits.
-const WORK: Duration = Duration::from_micros(20);
-/// While they work, an answer waits for others no longer than this.
+/// An answer waits for others of its client no longer than this.
 const PATIENCE: Duration = Duration::from_millis(2);
 
 /// A stream whose writes are gathered until they are flushed, and until other tasks that are ready have had a chance to
-/// write, too, as long as there is something else that the client waits for.
+/// write, too. While there is something else that the client waits for, they go on waiting for its answer.
 #[derive(Debug)]
 pub(super) struct Gather<S> {
     stream: S,
@@ -35,15 +32,26 @@ pub(super) struct Gather<S> {
     waiting: Option<Waiting>,
 }
 
+/// What is gathered is written
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    Now,
+    /// once the tasks that are ready have had a turn,
+    NextTurn,
+    /// or with the last answer that the client waits for, unless patience ends first.
+    Later,
+}
+
 /// For what other tasks may write.
 #[derive(Debug)]
 struct Waiting {
     since: Instant,
-    /// When the others' turn began,
-    last: Instant,
-    /// and whether it is over: the HTTP library reads before it writes in each of its own. When new requests come it does
-    /// both again in the same turn, and what waits may leave early then, which costs a packet.
+    /// How much there was when it was last flushed.
+    flushed: usize,
+    /// Whether the others had their turn: the HTTP library reads before it writes in each of its own. When new requests
+    /// come it does both again in the same turn, and what waits may leave early then, which costs a packet.
     over: bool,
+    patience: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Gather<S> {
@@ -53,23 +61,23 @@ impl<S> Gather<S> {
 }
 
 impl<S: AsyncWrite + Unpin> Gather<S> {
-    /// Whether what is gathered should wait for more.
-    fn waits(&mut self, now: Instant) -> bool {
-        if !self.heard || self.gathered.is_empty() || self.written > 0 || self.gathered.len() >= MOST {
-            return false;
+    fn when(&mut self, now: Instant, waker: &Waker) -> When {
+        let length = self.gathered.len();
+        if !self.heard || length == 0 || self.written > 0 || length >= MOST {
+            return When::Now;
         }
-        let Some(Waiting { since, last, over }) = &mut self.waiting else {
-            self.waiting = Some(Waiting { since: now, last: now, over: false });
-            return true;
-        };
-        if now - *since >= PATIENCE {
-            return false;
+        let none = Waiting { since: now, flushed: 0, over: false, patience: None };
+        let waiting = self.waiting.get_or_insert(none);
+        if now - waiting.since >= PATIENCE {
+            return When::Now;
         }
-        if !std::mem::take(over) {
-            return true;
+        let has_grown = std::mem::replace(&mut waiting.flushed, length) < length;
+        if self.unanswered.any_but_wake(waker) {
+            return When::Later;
         }
-        let worked = now - std::mem::replace(last, now);
-        worked >= WORK && self.unanswered.any()
+        // An answer is of three frames, each of which is flushed.
+        waiting.over &= !has_grown;
+        if waiting.over { When::Now } else { When::NextTurn }
     }
 
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -126,10 +134,22 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.waits(Instant::now()) {
-            // A task that wakes itself comes after those that are ready. Until then what else there is to write is welcome.
-            cx.waker().wake_by_ref();
-            return Poll::Ready(Ok(()));
+        match self.when(Instant::now(), cx.waker()) {
+            When::Now => {}
+            When::NextTurn => {
+                // A task that wakes itself comes after those that are ready. What else there is to write is welcome.
+                cx.waker().wake_by_ref();
+                return Poll::Ready(Ok(()));
+            }
+            When::Later => {
+                if let Some(Waiting { since, patience, .. }) = &mut self.waiting {
+                    let over = *since + PATIENCE;
+                    let patience = patience.get_or_insert_with(|| Box::pin(sleep_until(over)));
+                    if patience.as_mut().poll(cx).is_pending() {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+            }
         }
         ready!(self.poll_write_out(cx))?;
         Pin::new(&mut self.stream).poll_flush(cx)
@@ -177,7 +197,7 @@ mod tests {
         Gather { heard: true, ..Gather::new(stream, Arc::default()) }
     }
 
-    /// What others did took its time, and then the HTTP library reads.
+    /// Others had theirs, and then the HTTP library reads.
     fn turn<S>(gather: &mut Gather<S>) {
         if let Some(waiting) = &mut gather.waiting {
             waiting.over = true;
@@ -195,6 +215,9 @@ mod tests {
         turn(&mut gather);
         gather.write_all(b"more").await.unwrap();
         gather.flush().await.unwrap();
+        assert!(gather.stream.writes.is_empty(), "the rest of it may follow");
+        turn(&mut gather);
+        gather.flush().await.unwrap();
         assert_eq!(gather.stream.writes, [b"headbodymore".to_vec()]);
         assert_eq!(gather.gathered.capacity(), 0);
         gather.write_all(b"next").await.unwrap();
@@ -203,30 +226,59 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_waits_while_others_of_its_client_are_worked_on_and_not_for_long() {
+    fn an_answer_waits_for_a_turn_and_not_for_long() {
         let begun = Instant::now();
         let at = |microseconds| begun + Duration::from_micros(microseconds);
         let answer = || Gather { gathered: b"answer".to_vec(), ..gather(tokio::io::sink()) };
-        let waits = |gather: &mut Gather<_>, microseconds| {
-            turn(gather);
-            gather.waits(at(microseconds))
-        };
-        let asked = |gather: &Gather<_>| gather.unanswered.begin(Duration::from_secs(30));
-        let mut idle = answer();
-        let _one = asked(&idle);
-        assert!(waits(&mut idle, 0) && !waits(&mut idle, 19));
-        let mut busy = answer();
-        let _one = asked(&busy);
-        assert!((0..20).all(|turn| waits(&mut busy, turn * 100)));
-        assert!(!waits(&mut busy, 2_000));
-        let mut last = answer();
-        assert!(waits(&mut last, 0) && !waits(&mut last, 100));
-        let mut unread = answer();
-        assert!(unread.waits(at(0)) && unread.waits(at(1_999)) && !unread.waits(at(2_000)));
+        let when = |gather: &mut Gather<_>, microseconds| gather.when(at(microseconds), Waker::noop());
+        let mut one = answer();
+        assert_eq!([0, 1_999].map(|us| when(&mut one, us)), [When::NextTurn; 2]);
+        assert_eq!(when(&mut one, 2_000), When::Now);
+        turn(&mut one);
+        assert_eq!(when(&mut one, 1_999), When::Now);
+        one.gathered.extend(b"head");
+        turn(&mut one);
+        assert_eq!(when(&mut one, 1_000), When::NextTurn);
+        one.gathered.extend(b"body");
+        assert_eq!(when(&mut one, 1_000), When::NextTurn);
+        turn(&mut one);
+        let other = one.unanswered.begin(Duration::from_secs(30));
+        assert_eq!([1_000, 2_000].map(|us| when(&mut one, us)), [When::Later, When::Now]);
+        drop(other);
+        assert_eq!(when(&mut one, 1_000), When::Now);
         let mut full = answer();
         full.gathered.resize(MOST, 0);
-        assert!(!full.waits(at(0)));
-        assert!(!gather(tokio::io::sink()).waits(at(0)), "there is nothing to wait with");
+        assert_eq!(when(&mut full, 0), When::Now);
+        assert_eq!(when(&mut gather(tokio::io::sink()), 0), When::Now, "there is nothing to wait with");
+    }
+
+    /// With one other request under way.
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_waits_for_the_last_of_its_client_and_leaves_without_it_when_patience_is_over() {
+        for last_comes in [true, false] {
+            let mut gather = gather(Counted { writes: Vec::new() });
+            let mut other = Some(gather.unanswered.begin(Duration::from_secs(30)));
+            let begun = Instant::now();
+            let mut polls = 0;
+            gather.write_all(b"answer").await.unwrap();
+            // The HTTP library flushes at each poll of the connection.
+            poll_fn(|cx| {
+                polls += 1;
+                turn(&mut gather);
+                assert!(Pin::new(&mut gather).poll_flush(cx).is_ready());
+                if polls == 1 {
+                    assert!(gather.stream.writes.is_empty());
+                    if last_comes {
+                        other = None;
+                    }
+                }
+                if gather.stream.writes.is_empty() { Poll::Pending } else { Poll::Ready(()) }
+            })
+            .await;
+            assert_eq!(polls, 2, "it was polled only when there was a reason");
+            assert_eq!(begun.elapsed() >= PATIENCE, !last_comes);
+            drop(other);
+        }
     }
 
     /// RFC 9113 3.2: both sides speak as soon as the handshake is done.
@@ -242,7 +294,7 @@ mod tests {
         theirs.write_all(b"PRI").await.unwrap();
         assert_eq!(gather.read(&mut read).await.unwrap(), 3);
         gather.write_all(b"answer").await.unwrap();
-        assert!(gather.waits(Instant::now()));
+        assert_eq!(gather.when(Instant::now(), Waker::noop()), When::NextTurn);
     }
 
     #[tokio::test]
