@@ -10,7 +10,7 @@ use x509_parser::oid_registry::{
 };
 
 use super::certificate::{EMPTY_NAME, generalized_time, trimmed};
-use super::der::{self, Signed, Value, Values};
+use super::der::{self, Extension, Signed, Value, Values};
 use super::lifetime::Validity;
 use super::profile::{PROVED_AT, Profile, Template};
 
@@ -89,17 +89,13 @@ fn moments(validity: Value<'_>) -> Option<[OffsetDateTime; 2]> {
 fn extension_fits(found: Value<'_>, expected: &Template<'_>) -> Option<(u8, bool, &'static str)> {
     const SERVER: [u8; 10] = [6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1];
     const CLIENT: [u8; 10] = [6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 2];
-    let mut parts = Values::of(found.contents);
-    let oid = parts.one(der::OID)?.contents;
-    let mut next = parts.next()?;
-    let critical = next.whole == [der::BOOLEAN, 1, 0xff];
-    if critical {
-        next = parts.next()?;
-    }
-    if found.tag != der::SEQUENCE || next.tag != der::OCTET_STRING || !parts.is_over() {
-        return None;
-    }
-    let value = next.contents;
+    let Extension { oid, critical, value } = Extension::of(found)?;
+    // X.690 11.5: what is so by default is not written.
+    let critical = match critical {
+        None => false,
+        Some([0xff]) => true,
+        Some(_) => return None,
+    };
     Some(if oid == OID_X509_EXT_BASIC_CONSTRAINTS.as_bytes() {
         let wanted: &[u8] = match expected.profile {
             Profile::Root { .. } => &[0x30, 3, 1, 1, 0xff],

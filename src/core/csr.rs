@@ -124,40 +124,21 @@ impl CheckedCsr {
         if der.len() > MAX {
             return Err(Error::TooLong(der.len()));
         }
-        let Signed { body, algorithm, signature } = Signed::of(der).ok_or(Error::Der)?;
-        let Info { subject, spki, attributes } = Info::of(body.contents).ok_or(Error::Der)?;
-        let key = PublicKey::from_spki(spki)?;
+        let claims = Claims::of(der)?;
+        let Signed { body, algorithm, signature } = claims.signed;
+        let key = PublicKey::from_spki(claims.spki)?;
         key.verify(algorithm.whole, body.whole, signature).map_err(|fault| match fault {
-            SignatureFault::Algorithm => Error::SignatureAlgorithm(name_of(algorithm)),
+            SignatureFault::Algorithm => Error::SignatureAlgorithm(claims.algorithm()),
             SignatureFault::Wrong => Error::Signature,
         })?;
-        let mut requested = Requested { subject: text_of(subject)?, ..Requested::default() };
-        let mut uris = 0;
-        for extension in requested_extensions(attributes)? {
-            let (_, extension) = X509Extension::from_der(extension.whole)
-                .map_err(|_| Error::Extension("RFC 5280 4.1 has none of its form".to_owned()))?;
-            match extension.parsed_extension() {
-                ParsedExtension::BasicConstraints(constraints) if constraints.ca => return Err(Error::Ca),
-                ParsedExtension::SubjectAlternativeName(san) => {
-                    for name in &san.general_names {
-                        match name {
-                            GeneralName::URI(uri) => {
-                                uris += 1;
-                                requested.uri = Some((*uri).to_owned());
-                            }
-                            GeneralName::DNSName(name) => requested.dns.push((*name).to_owned()),
-                            other => requested.others.push(other.to_string()),
-                        }
-                    }
-                }
-                ParsedExtension::ParseError { error } => return Err(Error::Extension(error.to_string())),
-                _ => {}
-            }
+        if claims.ca {
+            return Err(Error::Ca);
         }
-        if uris > 1 {
-            return Err(Error::Uris(uris));
+        if claims.uris.len() > 1 {
+            return Err(Error::Uris(claims.uris.len()));
         }
-        Ok(Self { key, requested })
+        let Claims { mut uris, dns, others, subject, .. } = claims;
+        Ok(Self { key, requested: Requested { uri: uris.pop(), dns, others, subject } })
     }
 
     /// The key to be certified.
@@ -220,22 +201,73 @@ fn ia5(text: &str) -> Result<rcgen::string::Ia5String, Error> {
     text.try_into().map_err(|_| Error::Make(format!("{text:?} is not ASCII")))
 }
 
-/// CertificationRequestInfo, RFC 2986 4.1.
-struct Info<'a> {
-    subject: &'a [u8],
-    spki: &'a [u8],
-    attributes: &'a [u8],
+/// What a CSR says, of which nothing is proven: CertificationRequest, RFC 2986 4.
+pub(crate) struct Claims<'a> {
+    signed: Signed<'a>,
+    /// The whole SubjectPublicKeyInfo.
+    pub(crate) spki: &'a [u8],
+    /// As text, empty if it has none.
+    pub(crate) subject: String,
+    /// cA of the basic constraints.
+    pub(crate) ca: bool,
+    /// URIs of the subject alternative name.
+    pub(crate) uris: Vec<String>,
+    /// DNS names of it.
+    pub(crate) dns: Vec<String>,
+    /// Whatever else stands there.
+    pub(crate) others: Vec<String>,
 }
 
-impl<'a> Info<'a> {
-    fn of(contents: &'a [u8]) -> Option<Self> {
-        let mut parts = Values::of(contents);
-        // Its number is of no use: all have the same parts.
-        parts.one(der::INTEGER)?;
-        let (subject, spki) = (parts.one(der::SEQUENCE)?.whole, parts.one(der::SEQUENCE)?.whole);
-        let attributes = parts.one(der::explicit(0))?.contents;
-        parts.is_over().then_some(Self { subject, spki, attributes })
+impl<'a> Claims<'a> {
+    pub(crate) fn of(der: &'a [u8]) -> Result<Self, Error> {
+        let signed = Signed::of(der).ok_or(Error::Der)?;
+        let (subject, spki, attributes) = parts_of(signed.body.contents).ok_or(Error::Der)?;
+        let (subject, uris, dns, others) = (text_of(subject)?, Vec::new(), Vec::new(), Vec::new());
+        let mut claims = Self { signed, spki, subject, ca: false, uris, dns, others };
+        for extension in requested_extensions(attributes)? {
+            let strange = || Error::Extension("RFC 5280 4.1 has none of its form".to_owned());
+            let value = der::Extension::of(extension).ok_or_else(strange)?.value;
+            let (_, extension) = X509Extension::from_der(extension.whole).map_err(|_| strange())?;
+            match extension.parsed_extension() {
+                // Behind what the parser has read.
+                ParsedExtension::BasicConstraints(_) | ParsedExtension::SubjectAlternativeName(_)
+                    if der::sequence(value).is_none() =>
+                {
+                    return Err(strange());
+                }
+                ParsedExtension::BasicConstraints(constraints) => claims.ca |= constraints.ca,
+                ParsedExtension::SubjectAlternativeName(san) => {
+                    for name in &san.general_names {
+                        match name {
+                            GeneralName::URI(uri) => claims.uris.push((*uri).to_owned()),
+                            GeneralName::DNSName(name) => claims.dns.push((*name).to_owned()),
+                            other => claims.others.push(other.to_string()),
+                        }
+                    }
+                }
+                ParsedExtension::ParseError { error } => return Err(Error::Extension(error.to_string())),
+                _ => {}
+            }
+        }
+        Ok(claims)
     }
+
+    /// The OID of what it is signed with.
+    pub(crate) fn algorithm(&self) -> String {
+        let oid = Values::of(self.signed.algorithm.contents).one(der::OID);
+        oid.and_then(|oid| ObjectIdentifier::from_bytes(oid.contents).ok())
+            .map_or_else(|| "an algorithm without a name".to_owned(), |oid| oid.to_string())
+    }
+}
+
+/// Subject, key and attributes of a CertificationRequestInfo, RFC 2986 4.1.
+fn parts_of(info: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let mut parts = Values::of(info);
+    // Version 0 is the only one there is, and some write another.
+    let [0..0x80] = parts.one(der::INTEGER)?.contents else { return None };
+    let (subject, spki) = (parts.one(der::SEQUENCE)?.whole, parts.one(der::SEQUENCE)?.whole);
+    let attributes = parts.one(der::explicit(0))?.contents;
+    parts.is_over().then_some((subject, spki, attributes))
 }
 
 /// PKCS#9 5.4.2 has one request for extensions, of one value. A reader that looks at the first alone would not see what a
@@ -252,7 +284,9 @@ fn requested_extensions(attributes: &[u8]) -> Result<Vec<Value<'_>>, Error> {
             return Err(Error::Der);
         }
         if oid.contents == OID_PKCS9_EXTENSION_REQUEST.as_bytes() {
-            requests.extend(der::all(values.contents).ok_or(Error::Der)?);
+            // RFC 2986 4.1 has no attribute without a value.
+            let values = der::all(values.contents).filter(|values| !values.is_empty());
+            requests.extend(values.ok_or(Error::Der)?);
         }
     }
     if !attributes.is_over() {
@@ -272,13 +306,6 @@ fn text_of(name: &[u8]) -> Result<String, Error> {
         return Ok(String::new());
     }
     X509Name::from_der(name).map(|(_, name)| name.to_string()).map_err(|_| Error::Der)
-}
-
-/// What an AlgorithmIdentifier names.
-fn name_of(algorithm: Value<'_>) -> String {
-    let oid = Values::of(algorithm.contents).one(der::OID);
-    oid.and_then(|oid| ObjectIdentifier::from_bytes(oid.contents).ok())
-        .map_or_else(|| "an algorithm without a name".to_owned(), |oid| oid.to_string())
 }
 
 #[cfg(test)]
@@ -335,23 +362,44 @@ mod tests {
         let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
         let requested = |values: &[u8]| {
             let request = rcgen::Attribute { oid: &[1, 2, 840, 113549, 1, 9, 14], values: values.to_vec() };
-            let parameters = CertificateParams::default();
+            let mut parameters = CertificateParams::default();
+            parameters.distinguished_name = DistinguishedName::new();
             let csr = parameters.serialize_request_with_attributes(&key, vec![request]).unwrap();
             CheckedCsr::from_der(csr.der()).map(|csr| csr.requested().clone())
         };
-        // No request, and one for nothing.
-        for values in [&[0x31, 0][..], &[0x31, 2, 0x30, 0]] {
-            assert!(requested(values).is_ok(), "{values:?}");
-        }
-        // A SEQUENCE in place of the SET, a number in place of the list, a list with something behind it, one that is
-        // longer than its SET.
-        for values in
-            [&[0x30, 2, 0x30, 0][..], &[0x31, 3, 2, 1, 1], &[0x31, 3, 0x30, 0, 0], &[0x31, 2, 0x30, 1]]
-        {
+        assert_eq!(requested(&[0x31, 2, 0x30, 0]), Ok(Requested::default()));
+        // Nothing, a SEQUENCE in place of the SET, a number in place of the list, a list with something behind it, one
+        // that is longer than its SET.
+        for values in [
+            &[0x31, 0][..],
+            &[0x30, 2, 0x30, 0],
+            &[0x31, 3, 2, 1, 1],
+            &[0x31, 3, 0x30, 0, 0],
+            &[0x31, 2, 0x30, 1],
+        ] {
             assert_eq!(requested(values), Err(Error::Der), "{values:?}");
         }
-        // A number in place of an extension.
-        assert!(matches!(requested(&[0x31, 5, 0x30, 3, 2, 1, 1]), Err(Error::Extension(_))));
+        // A number in place of an extension, and one with something behind its value.
+        let nothing = [6, 1, 0x2a, 4, 0];
+        let no_ca = [6, 3, 0x55, 0x1d, 19, 4, 2, 0x30, 0];
+        let no_ca_and_one = [6, 3, 0x55, 0x1d, 19, 4, 7, 0x30, 0, 0x30, 3, 1, 1, 0xff];
+        let extension = |parts: &[u8], rest: &[u8]| {
+            let mut values = der::Writer::with_capacity(32);
+            values.nested(der::SET, |w| {
+                w.sequence(|w| w.sequence(|w| w.raw(&[parts, rest].concat())));
+            });
+            values.finish()
+        };
+        assert_eq!(requested(&extension(&nothing, &[])), Ok(Requested::default()));
+        assert_eq!(requested(&extension(&no_ca, &[])), Ok(Requested::default()));
+        for values in [
+            &[0x31, 5, 0x30, 3, 2, 1, 1][..],
+            &extension(&nothing, &[5, 0]),
+            &extension(&nothing, &[5]),
+            &extension(&no_ca_and_one, &[]),
+        ] {
+            assert!(matches!(requested(values), Err(Error::Extension(_))), "{values:?}");
+        }
     }
 
     #[test]

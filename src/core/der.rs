@@ -166,6 +166,29 @@ impl<'a> Signed<'a> {
     }
 }
 
+/// Extension, RFC 5280 4.1.
+pub(crate) struct Extension<'a> {
+    pub(crate) oid: &'a [u8],
+    /// The contents of the BOOLEAN, if there is one.
+    pub(crate) critical: Option<&'a [u8]>,
+    pub(crate) value: &'a [u8],
+}
+
+impl<'a> Extension<'a> {
+    /// If it is one, to its last byte.
+    pub(crate) fn of(value: Value<'a>) -> Option<Self> {
+        let mut parts = Values::of(value.contents);
+        let oid = parts.one(OID)?.contents;
+        let mut next = parts.next()?;
+        let critical = (next.tag == BOOLEAN).then_some(next.contents);
+        if critical.is_some() {
+            next = parts.next()?;
+        }
+        let is_one = value.tag == SEQUENCE && next.tag == OCTET_STRING && parts.is_over();
+        is_one.then_some(Self { oid, critical, value: next.contents })
+    }
+}
+
 /// What a SEQUENCE holds that is all there is.
 pub(crate) fn sequence(der: &[u8]) -> Option<Values<'_>> {
     let mut all = Values::of(der);

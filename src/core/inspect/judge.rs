@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use ring::digest::{SHA256, digest};
 use time::OffsetDateTime;
 use x509_parser::certificate::X509Certificate;
-use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Version;
 
@@ -16,8 +15,7 @@ use crate::core::authority_files::{self, CA_CERT, ROOT_CERT};
 use crate::core::bundle::TrustBundle;
 use crate::core::certificate::{Certificate, hex};
 use crate::core::chain;
-use crate::core::csr::{self, CheckedCsr};
-use crate::core::der::Signed;
+use crate::core::csr::{self, CheckedCsr, Claims};
 use crate::core::key::{self, PrivateKey, PublicKey, SignatureFault};
 use crate::core::spiffe::TrustDomain;
 
@@ -239,27 +237,13 @@ fn csr_facts(der: &[u8]) -> (Facts, Vec<String>) {
         signature: String::new(),
     };
     let mut problems = Vec::new();
-    if let Ok((_, csr)) = X509CertificationRequest::from_der(der) {
-        let info = &csr.certification_request_info;
-        facts.subject = info.subject.to_string();
-        facts.key = key_name(info.subject_pki.raw);
-        facts.public_key_sha256 = sha256(info.subject_pki.raw);
-        facts.signature = signature_name(&csr.signature_algorithm.algorithm.to_id_string()).0;
-        for extension in csr.requested_extensions().into_iter().flatten() {
-            match extension {
-                ParsedExtension::BasicConstraints(constraints) => facts.ca = constraints.ca,
-                ParsedExtension::SubjectAlternativeName(san) => {
-                    for name in &san.general_names {
-                        match name {
-                            GeneralName::URI(uri) => facts.uris.push((*uri).to_owned()),
-                            GeneralName::DNSName(name) => facts.dns.push((*name).to_owned()),
-                            other => facts.other_names.push(other.to_string()),
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
+    if let Ok(claims) = Claims::of(der) {
+        facts.key = key_name(claims.spki);
+        facts.public_key_sha256 = sha256(claims.spki);
+        facts.signature = signature_name(&claims.algorithm()).0;
+        let Claims { subject, ca, uris, dns, others, .. } = claims;
+        (facts.subject, facts.ca, facts.uris, facts.dns, facts.other_names) =
+            (subject, ca, uris, dns, others);
     }
     match CheckedCsr::from_der(der) {
         // That is what the CSR of an intermediate is for; only `sign` refuses it.
@@ -313,8 +297,7 @@ fn owners(spki: &[u8], beside: &[Beside<'_>]) -> Vec<String> {
         .iter()
         .filter(|(other, _)| match &other.thing {
             Thing::Certificate(certificate) => certificate.spki == spki,
-            Thing::Csr(der) => X509CertificationRequest::from_der(der)
-                .is_ok_and(|(_, csr)| csr.certification_request_info.subject_pki.raw == spki),
+            Thing::Csr(der) => Claims::of(der).is_ok_and(|claims| claims.spki == spki),
             _ => false,
         })
         .map(|(_, title)| title.0.clone())
@@ -441,12 +424,21 @@ fn judge_chain(
 
 /// Whether a key signed a certificate; unknown where the algorithm is.
 fn is_signed_by(certificate: &Certificate, key: &PublicKey) -> Option<bool> {
-    let Signed { body, algorithm, signature } = Signed::of(certificate.der())?;
-    match key.verify(algorithm.whole, body.whole, signature) {
+    let (_, parsed) = X509Certificate::from_der(certificate.der()).ok()?;
+    let tbs: &[u8] = parsed.tbs_certificate.as_ref();
+    match key.verify(algorithm_behind(certificate.der(), tbs)?, tbs, &parsed.signature_value.data) {
         Ok(()) => Some(true),
         Err(SignatureFault::Wrong) => Some(false),
         Err(SignatureFault::Algorithm) => None,
     }
+}
+
+/// The AlgorithmIdentifier stands between the signed part and the signature; the parser gives only its pieces.
+fn algorithm_behind<'a>(der: &'a [u8], tbs: &[u8]) -> Option<&'a [u8]> {
+    let start = tbs.as_ptr() as usize - der.as_ptr() as usize + tbs.len();
+    let rest = der.get(start..)?;
+    let length = usize::from(*rest.get(1).filter(|length| **length < 0x80)?);
+    rest.get(..2 + length)
 }
 
 fn key_name(spki: &[u8]) -> String {

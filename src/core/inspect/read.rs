@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 use super::{BundleFacts, Error, Input};
 use crate::core::bundle::{self, TrustBundle};
 use crate::core::certificate::Certificate;
+use crate::core::csr::{self, Claims};
 use crate::core::key::PrivateKey;
 use crate::core::pem;
 
@@ -142,13 +143,9 @@ impl Reading {
     }
 
     fn der(&mut self, set: usize, file: &str, source: &str, der: &[u8]) -> Result<(), String> {
-        use x509_parser::certification_request::X509CertificationRequest;
-        use x509_parser::prelude::FromDer as _;
         let thing = match Certificate::from_der(der) {
             Ok(certificate) => Thing::Certificate(Box::new(certificate)),
-            Err(_) if X509CertificationRequest::from_der(der).is_ok_and(|(rest, _)| rest.is_empty()) => {
-                Thing::Csr(der.to_owned())
-            }
+            Err(_) if !matches!(Claims::of(der), Err(csr::Error::Der)) => Thing::Csr(der.to_owned()),
             Err(fault) => {
                 let label = if PrivateKey::from_pkcs8(der, None).is_ok() {
                     pem::PRIVATE_KEY
