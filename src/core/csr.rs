@@ -131,13 +131,13 @@ impl CheckedCsr {
             SignatureFault::Algorithm => Error::SignatureAlgorithm(claims.algorithm()),
             SignatureFault::Wrong => Error::Signature,
         })?;
-        if claims.ca {
+        let Names { subject, ca, mut uris, dns, others } = claims.names()?;
+        if ca {
             return Err(Error::Ca);
         }
-        if claims.uris.len() > 1 {
-            return Err(Error::Uris(claims.uris.len()));
+        if uris.len() > 1 {
+            return Err(Error::Uris(uris.len()));
         }
-        let Claims { mut uris, dns, others, subject, .. } = claims;
         Ok(Self { key, requested: Requested { uri: uris.pop(), dns, others, subject } })
     }
 
@@ -201,11 +201,18 @@ fn ia5(text: &str) -> Result<rcgen::string::Ia5String, Error> {
     text.try_into().map_err(|_| Error::Make(format!("{text:?} is not ASCII")))
 }
 
-/// What a CSR says, of which nothing is proven: CertificationRequest, RFC 2986 4.
+/// The parts of a CSR, of which nothing is proven: CertificationRequest, RFC 2986 4.
 pub(crate) struct Claims<'a> {
     signed: Signed<'a>,
+    subject: &'a [u8],
     /// The whole SubjectPublicKeyInfo.
     pub(crate) spki: &'a [u8],
+    attributes: &'a [u8],
+}
+
+/// What a CSR asks for.
+#[derive(Default)]
+pub(crate) struct Names {
     /// As text, empty if it has none.
     pub(crate) subject: String,
     /// cA of the basic constraints.
@@ -222,9 +229,12 @@ impl<'a> Claims<'a> {
     pub(crate) fn of(der: &'a [u8]) -> Result<Self, Error> {
         let signed = Signed::of(der).ok_or(Error::Der)?;
         let (subject, spki, attributes) = parts_of(signed.body.contents).ok_or(Error::Der)?;
-        let (subject, uris, dns, others) = (text_of(subject)?, Vec::new(), Vec::new(), Vec::new());
-        let mut claims = Self { signed, spki, subject, ca: false, uris, dns, others };
-        for extension in requested_extensions(attributes)? {
+        Ok(Self { signed, subject, spki, attributes })
+    }
+
+    pub(crate) fn names(&self) -> Result<Names, Error> {
+        let mut names = Names { subject: text_of(self.subject)?, ..Names::default() };
+        for extension in requested_extensions(self.attributes)? {
             let strange = || Error::Extension("RFC 5280 4.1 has none of its form".to_owned());
             let value = der::Extension::of(extension).ok_or_else(strange)?.value;
             let (_, extension) = X509Extension::from_der(extension.whole).map_err(|_| strange())?;
@@ -235,13 +245,13 @@ impl<'a> Claims<'a> {
                 {
                     return Err(strange());
                 }
-                ParsedExtension::BasicConstraints(constraints) => claims.ca |= constraints.ca,
+                ParsedExtension::BasicConstraints(constraints) => names.ca |= constraints.ca,
                 ParsedExtension::SubjectAlternativeName(san) => {
                     for name in &san.general_names {
                         match name {
-                            GeneralName::URI(uri) => claims.uris.push((*uri).to_owned()),
-                            GeneralName::DNSName(name) => claims.dns.push((*name).to_owned()),
-                            other => claims.others.push(other.to_string()),
+                            GeneralName::URI(uri) => names.uris.push((*uri).to_owned()),
+                            GeneralName::DNSName(name) => names.dns.push((*name).to_owned()),
+                            other => names.others.push(other.to_string()),
                         }
                     }
                 }
@@ -249,7 +259,7 @@ impl<'a> Claims<'a> {
                 _ => {}
             }
         }
-        Ok(claims)
+        Ok(names)
     }
 
     /// The OID of what it is signed with.

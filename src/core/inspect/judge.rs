@@ -15,7 +15,7 @@ use crate::core::authority_files::{self, CA_CERT, ROOT_CERT};
 use crate::core::bundle::TrustBundle;
 use crate::core::certificate::{Certificate, hex};
 use crate::core::chain;
-use crate::core::csr::{self, CheckedCsr, Claims};
+use crate::core::csr::{self, CheckedCsr, Claims, Names};
 use crate::core::key::{self, PrivateKey, PublicKey, SignatureFault};
 use crate::core::spiffe::TrustDomain;
 
@@ -241,7 +241,7 @@ fn csr_facts(der: &[u8]) -> (Facts, Vec<String>) {
         facts.key = key_name(claims.spki);
         facts.public_key_sha256 = sha256(claims.spki);
         facts.signature = signature_name(&claims.algorithm()).0;
-        let Claims { subject, ca, uris, dns, others, .. } = claims;
+        let Names { subject, ca, uris, dns, others } = claims.names().unwrap_or_default();
         (facts.subject, facts.ca, facts.uris, facts.dns, facts.other_names) =
             (subject, ca, uris, dns, others);
     }

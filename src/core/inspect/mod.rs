@@ -372,8 +372,9 @@ impl KeyFacts {
     }
 }
 
+/// Empty for what could not be read.
 fn sha256(hexadecimal: &str) -> String {
-    format!("sha256 {hexadecimal}")
+    if hexadecimal.is_empty() { String::new() } else { format!("sha256 {hexadecimal}") }
 }
 
 #[cfg(test)]

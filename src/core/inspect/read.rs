@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use super::{BundleFacts, Error, Input};
 use crate::core::bundle::{self, TrustBundle};
 use crate::core::certificate::Certificate;
-use crate::core::csr::{self, Claims};
+use crate::core::csr::Claims;
 use crate::core::key::PrivateKey;
 use crate::core::pem;
 
@@ -145,7 +145,7 @@ impl Reading {
     fn der(&mut self, set: usize, file: &str, source: &str, der: &[u8]) -> Result<(), String> {
         let thing = match Certificate::from_der(der) {
             Ok(certificate) => Thing::Certificate(Box::new(certificate)),
-            Err(_) if !matches!(Claims::of(der), Err(csr::Error::Der)) => Thing::Csr(der.to_owned()),
+            Err(_) if Claims::of(der).is_ok() => Thing::Csr(der.to_owned()),
             Err(fault) => {
                 let label = if PrivateKey::from_pkcs8(der, None).is_ok() {
                     pem::PRIVATE_KEY
