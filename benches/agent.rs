@@ -1,8 +1,13 @@
 //! What the agent costs on its socket. CPU time of the thread that serves, which is one core. `cargo bench --bench agent`,
 //! or `cargo bench --bench agent -- SECTION...`.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
+#![allow(dead_code, unused_imports, reason = "the tests' control plane has more than a bench needs")]
 
+#[path = "../tests/it/cluster/control_plane.rs"]
+mod control_plane;
 mod floor;
+#[path = "../tests/it/parts.rs"]
+mod parts;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -11,9 +16,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use control_plane::ControlPlane;
 use mica::agent::{Agent, Asker, Authority, Bundles, Credentials, Svid, Wishes};
 use mica::attest::OwnUser;
 use mica::client;
+use mica::cluster::{OWN_PERMISSIONS, PERMISSIONS};
 use mica::core::bundle::TrustBundle;
 use mica::core::certificate::Certificate;
 use mica::core::csr::nameless;
@@ -22,7 +29,8 @@ use mica::core::issuer::{self, Issuer, Order};
 use mica::core::key::KeyKind;
 use mica::core::pem;
 use mica::core::profile::Profile;
-use mica::core::spiffe::{SpiffeId, TrustDomain};
+use mica::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain};
+use mica::core::token::trial;
 use mica::endpoint::{self, Endpoint, sds};
 use mica::proto::grpc::health::v1::health_client::HealthClient;
 use mica::proto::grpc::health::v1::health_server::{Health, HealthServer};
@@ -54,7 +62,7 @@ const ID: &str = "spiffe://example.org/ns/shop/sa/web";
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     type Section = (&'static str, fn());
-    let sections: [Section; 3] = [("rotation", rotation), ("first", first), ("many", many)];
+    let sections: [Section; 4] = [("rotation", rotation), ("first", first), ("many", many), ("node", node)];
     for (name, section) in sections {
         if arguments.is_empty() || arguments.iter().any(|a| a == name) {
             section();
@@ -227,27 +235,8 @@ impl Health for Nothing {
 /// or the client that it is compared with on the other. Then what an agent that keeps them holds in memory, and what it
 /// does between renewals.
 fn many() {
-    let place = Place::new();
-    let mut rows: [(&str, Vec<f64>); 3] = [
-        ("with keys that are made and answers that are judged (at most 1.1)", Vec::new()),
-        ("with keys that are made", Vec::new()),
-        ("ready made", Vec::new()),
-    ];
-    for _ in 0..ROUNDS {
-        let bare = [place.plain(true), place.plain(false), place.ready_made()];
-        let obtained = place.obtained();
-        for ((_, ratios), bare) in rows.iter_mut().zip(bare) {
-            ratios.push(obtained.as_secs_f64() / bare.as_secs_f64());
-        }
-    }
-    for (what, mut ratios) in rows {
-        println!(
-            "{MANY} identities from nothing: {:.2} times {MANY} CSRs {what} ({:.2} to {:.2})",
-            floor::middle(&mut ratios),
-            ratios[0],
-            ratios[ROUNDS - 1]
-        );
-    }
+    let place = Place::with_tokens();
+    place.compare("with a token of each one's own");
     let (memory, idle) = place.kept();
     println!(
         "an agent that keeps {MANY} identities: {:.1} MB (at most 40), {:.3} % of a core between renewals (at most 0.1)",
@@ -256,73 +245,156 @@ fn many() {
     );
 }
 
+/// The same of an agent that asks for all with its own token, of an authority in a cluster; needs the parts that the tests
+/// have (`tests/run parts`).
+fn node() {
+    let plane = ControlPlane::start();
+    Place::of_node(&plane).compare("for whom the token of the node's agent speaks");
+}
+
 fn pin(core: usize) {
     let mut set = CpuSet::new();
     set.set(core);
     sched_setaffinity(None, &set).unwrap();
 }
 
-/// An authority with accounts, and a token for each.
+/// An authority, and accounts that are asked for.
 struct Place {
     root: tempfile::TempDir,
     authority: Child,
     address: String,
     runtime: Runtime,
+    namespace: String,
+    /// Whether one token speaks for all.
+    of_node: bool,
+}
+
+/// What a client does that is no agent.
+#[derive(Clone, Copy)]
+enum Plain {
+    ReadyMade,
+    WithKeys,
+    Judged,
 }
 
 impl Place {
-    fn new() -> Self {
+    /// Each account has a token.
+    fn with_tokens() -> Self {
         let root = tempfile::tempdir().unwrap();
-        let path = |name: &str| root.path().join(name);
-        std::fs::create_dir(path("manifests")).unwrap();
+        let manifests = root.path().join("manifests");
+        std::fs::create_dir(&manifests).unwrap();
         let account = |n| {
             format!("apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: a{n}, namespace: many}}\n---\n")
         };
-        std::fs::write(path("manifests/all.yaml"), (0..MANY).map(account).collect::<String>()).unwrap();
-        let mica = || Command::new(floor::program());
+        std::fs::write(manifests.join("all.yaml"), (0..MANY).map(account).collect::<String>()).unwrap();
+        let mut command = Command::new(floor::program());
+        command.arg("serve").arg(manifests).arg("--trial-tokens");
+        Self::start(root, command, "many".to_owned(), false)
+    }
+
+    /// Each account has a pod on the node of the one whose token there is.
+    fn of_node(plane: &ControlPlane) -> Self {
+        plane.allow("mica", &serde_saphyr::from_str(PERMISSIONS).unwrap());
+        plane.allow_in(control_plane::HOME, "mica", &serde_saphyr::from_str(OWN_PERMISSIONS).unwrap());
+        let (root, namespace) = (tempfile::tempdir().unwrap(), plane.namespace());
+        let node = namespace.node("a");
+        namespace.account("agent");
+        let agent = namespace.pod("agent", "agent", &node);
+        for n in 0..MANY {
+            namespace.account(&format!("a{n}"));
+            namespace.pod(&format!("a{n}"), &format!("a{n}"), &node);
+        }
+        let policy = root.path().join("policy.yaml");
+        std::fs::write(&policy, format!("impersonators: [{}/agent]\n", namespace.name)).unwrap();
+        std::fs::write(root.path().join("token-0"), namespace.token("agent", "istio-ca", Some(&agent)))
+            .unwrap();
+        let mut command = Command::new(floor::program());
+        command
+            .args(["serve", "--kube", "--policy"])
+            .arg(policy)
+            .env("KUBECONFIG", plane.kubeconfig_of("mica"));
+        Self::start(root, command, namespace.name.clone(), true)
+    }
+
+    fn start(root: tempfile::TempDir, mut command: Command, namespace: String, of_node: bool) -> Self {
+        let data = root.path().join("data");
         // Each process and thread has the core of the one that makes it.
         pin(0);
-        let authority = mica()
-            .arg("serve")
-            .arg(path("manifests"))
+        let authority = command
             .arg("--data-dir")
-            .arg(path("data"))
-            .args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--trial-tokens"])
+            .arg(&data)
+            .args(["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         pin(1);
         let addresses = loop {
-            match std::fs::read(path("data/addresses.json")) {
+            match std::fs::read(data.join("addresses.json")) {
                 Ok(text) => break text,
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
         };
         let addresses: serde_json::Value = serde_json::from_slice(&addresses).unwrap();
         let address = addresses["grpc"].as_str().unwrap().to_owned();
-        for n in 0..MANY {
-            let token = mica()
-                .args(["token", "new", "--ttl", "1h", &format!("many/a{n}"), "--data-dir"])
-                .arg(path("data"))
-                .output()
-                .unwrap();
-            std::fs::write(path(&format!("token-{n}")), token.stdout).unwrap();
-        }
+        // The secrets of all accounts are written first.
+        std::thread::sleep(Duration::from_secs(if of_node { 20 } else { 1 }));
         let runtime = Builder::new_multi_thread().enable_all().build().unwrap();
-        Self { root, authority, address, runtime }
+        Self { root, authority, address, runtime, namespace, of_node }
+    }
+
+    fn compare(&self, how: &str) {
+        let mut rows = [
+            (Plain::ReadyMade, "ready made", Vec::new()),
+            (Plain::WithKeys, "with keys that are made", Vec::new()),
+            (Plain::Judged, "with keys that are made and answers that are judged", Vec::new()),
+        ];
+        for _ in 0..ROUNDS {
+            let bare = rows.each_ref().map(|(what, ..)| {
+                self.renew_tokens();
+                self.plain(*what)
+            });
+            self.renew_tokens();
+            let obtained = self.obtained();
+            for ((.., ratios), bare) in rows.iter_mut().zip(bare) {
+                ratios.push(obtained.as_secs_f64() / bare.as_secs_f64());
+            }
+        }
+        for (_, what, mut ratios) in rows {
+            println!(
+                "{MANY} identities from nothing, {how}: {:.2} times {MANY} CSRs {what} ({:.2} to {:.2}; at most 1.1)",
+                floor::middle(&mut ratios),
+                ratios[0],
+                ratios[ROUNDS - 1]
+            );
+        }
+    }
+
+    /// An authority has never seen the tokens of a node that begins: it keeps a verdict for five minutes at most.
+    fn renew_tokens(&self) {
+        if self.of_node {
+            return;
+        }
+        let key = mica::auth::trial::open(&self.root.path().join("data")).unwrap();
+        for n in 0..MANY {
+            let account = ServiceAccount::new(&self.namespace, &format!("a{n}")).unwrap();
+            let (now, hour) = (clock::now(), "1h".parse().unwrap());
+            let random = keys::random_bytes().unwrap();
+            let token = trial::token(&key, &account, "istio-ca", now, hour, random).unwrap();
+            std::fs::write(self.token(n), token).unwrap();
+        }
     }
 
     fn token(&self, n: usize) -> PathBuf {
-        self.root.path().join(format!("token-{n}"))
+        self.root.path().join(format!("token-{}", if self.of_node { 0 } else { n }))
     }
 
     fn roots(&self) -> PathBuf {
         self.root.path().join("data/root-cert.pem")
     }
 
-    fn id(n: usize) -> SpiffeId {
-        SpiffeId::parse(&format!("spiffe://cluster.local/ns/many/sa/a{n}")).unwrap()
+    fn id(&self, n: usize) -> SpiffeId {
+        SpiffeId::parse(&format!("spiffe://cluster.local/ns/{}/sa/a{n}", self.namespace)).unwrap()
     }
 
     fn target(&self) -> client::Target {
@@ -335,23 +407,39 @@ impl Place {
     }
 
     /// By a client that does nothing else.
-    fn plain(&self, judged: bool) -> Duration {
+    fn plain(&self, what: Plain) -> Duration {
         let next = Arc::new(AtomicUsize::new(0));
+        let all: Vec<_> = (0..MANY).map(|n| (self.token(n), self.of_node.then(|| self.id(n)))).collect();
+        let made = || {
+            let key = keys::generate(KeyKind::P256).unwrap();
+            let csr = pem::encode(pem::CSR, &nameless(&key.signing().unwrap()).unwrap());
+            (key, csr)
+        };
+        let ready = matches!(what, Plain::ReadyMade).then(made);
         let begun = Instant::now();
         self.runtime.block_on(async {
             let client = client::Client::connect(self.target()).await.unwrap();
             let mut lanes = JoinSet::new();
             for _ in 0..8 {
-                let (client, next) = (client.clone(), next.clone());
-                let tokens: Vec<_> = (0..MANY).map(|n| self.token(n)).collect();
+                let (client, next, all) = (client.clone(), next.clone(), all.clone());
+                let ready = ready.as_ref().map(|(_, csr)| csr.clone());
                 lanes.spawn(async move {
-                    while let Some(token) = tokens.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let key = keys::generate(KeyKind::P256).unwrap();
-                        let csr = pem::encode(pem::CSR, &nameless(&key.signing().unwrap()).unwrap());
-                        let wanted = client::Wanted { csr, ..client::Wanted::default() };
+                    while let Some((token, impersonated)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let (key, csr) = match &ready {
+                            Some(csr) => (None, csr.clone()),
+                            None => {
+                                let (key, csr) = made();
+                                (Some(key), csr)
+                            }
+                        };
+                        let wanted = client::Wanted {
+                            csr,
+                            impersonated: impersonated.clone(),
+                            ..client::Wanted::default()
+                        };
                         let client = client.showing(client::Credential::Token(token.clone()));
                         let answer = client.create_certificate(&wanted).await.unwrap();
-                        if judged {
+                        if let (Some(key), Plain::Judged) = (key, what) {
                             Granted::checked(&answer, key.public(), None, None, clock::now()).unwrap();
                         }
                     }
@@ -362,36 +450,15 @@ impl Place {
         begun.elapsed()
     }
 
-    fn ready_made(&self) -> Duration {
-        let target = self.target();
-        let csr = || {
-            let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
-            pem::encode(pem::CSR, &nameless(&key).unwrap())
-        };
-        let csrs: Vec<String> = (0..8).map(|_| csr()).collect();
-        let load = client::bench::Load {
-            connections: 1,
-            in_flight: 8,
-            duration: Duration::from_secs(60),
-            requests: MANY as u64,
-            rate: None,
-            new_connections: false,
-        };
-        let begun = Instant::now();
-        let outcome = self.runtime.block_on(client::load(&target, &csrs, &load)).unwrap();
-        assert_eq!((outcome.granted, outcome.failures()), (MANY as u64, 0));
-        begun.elapsed()
-    }
-
     fn obtained(&self) -> Duration {
         let authority = Authority { address: self.address.parse().unwrap(), name: None, roots: self.roots() };
         let credentials = |n| Credentials { token: Some(self.token(n)), certificate: None };
-        let others = (0..MANY).map(|n| (Self::id(n), credentials(n))).collect();
+        let others = (0..MANY).filter(|_| !self.of_node).map(|n| (self.id(n), credentials(n))).collect();
         let wishes = Wishes { own: None, credentials: credentials(0), others };
         let begun = Instant::now();
         let (agent, wanted) = Agent::new(Asker::new(authority, None, KeyKind::P256), wishes);
         let agent = Arc::new(agent);
-        let watched: Vec<_> = (0..MANY).map(|n| agent.held.pin(&Self::id(n))).collect();
+        let watched: Vec<_> = (0..MANY).map(|n| agent.held.pin(&self.id(n))).collect();
         let keeping = self.runtime.spawn(mica::agent::keep(agent, wanted));
         // Not on a thread of its own, which each certificate would wake.
         let waiting = self.runtime.spawn(async move {
@@ -409,7 +476,7 @@ impl Place {
     fn kept(&self) -> (u64, f64) {
         let path = |name: &str| self.root.path().join(name);
         let entry = |n| {
-            let (id, token) = (Self::id(n), self.token(n));
+            let (id, token) = (self.id(n), self.token(n));
             format!("- identity: {id}\n  match: {{uid: {}}}\n  tokenFile: {}\n", 10_000 + n, token.display())
         };
         let entries: String = (0..MANY).map(entry).collect();

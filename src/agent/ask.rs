@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
@@ -15,7 +16,7 @@ use crate::core::bundle::{self, TrustBundle};
 use crate::core::certificate::Certificate;
 use crate::core::csr::{self, nameless};
 use crate::core::granted::{self, Claim, Granted};
-use crate::core::key::{self, KeyKind};
+use crate::core::key::{self, KeyKind, PrivateKey};
 use crate::core::lifetime::Lifetime;
 use crate::core::pem;
 use crate::core::rotation::renew_at;
@@ -129,6 +130,8 @@ pub struct Asker {
     shared: Mutex<Option<Shared>>,
     /// Tells this agent's reports from those of others of the same account.
     reporter: String,
+    /// The authority knows no call for several certificates.
+    one_by_one: AtomicBool,
 }
 
 /// A connection that shows no certificate.
@@ -144,7 +147,15 @@ impl Asker {
     /// Asks for certificates of a lifetime, or of the authority's default, for keys of a kind.
     pub fn new(authority: Authority, lifetime: Option<Lifetime>, kind: KeyKind) -> Self {
         let random = keys::random_bytes().map_or(0, u64::from_ne_bytes);
-        Self { authority, lifetime, kind, shared: Mutex::default(), reporter: format!("{random:016x}") }
+        let reporter = format!("{random:016x}");
+        Self {
+            authority,
+            lifetime,
+            kind,
+            shared: Mutex::default(),
+            reporter,
+            one_by_one: AtomicBool::new(false),
+        }
     }
 
     /// Where the authority is.
@@ -157,6 +168,11 @@ impl Asker {
         self.target(&self.written_roots()?, Credential::None).map(drop)
     }
 
+    /// Whether the authority knows a call for several certificates, as far as is known.
+    pub fn may_ask_for_several(&self) -> bool {
+        !self.one_by_one.load(Ordering::Relaxed)
+    }
+
     /// Makes a key and has it certified, most often below roots that are known.
     pub async fn certificate(
         &self,
@@ -165,17 +181,7 @@ impl Asker {
         known: Option<&TrustBundle>,
         span: &Span,
     ) -> Result<(Svid, TrustBundle), Error> {
-        let part = span.part("key");
-        let key = keys::generate(self.kind)?;
-        let csr = pem::encode(pem::CSR, &nameless(&key.signing()?)?);
-        drop(part);
-        let wanted = Wanted {
-            csr,
-            lifetime: self.lifetime,
-            impersonated: wish.id.clone().filter(|_| wish.impersonated),
-            exact: false,
-            trace: None,
-        };
+        let (key, wanted) = self.wanted(wish, span)?;
         let ask = |client: Client| {
             let mut wanted = wanted.clone();
             let mut call = self.call(span, "istio.v1.auth.IstioCertificateService", "CreateCertificate");
@@ -189,9 +195,73 @@ impl Asker {
             }
         };
         let (answer, claim) = self.with(wish, held, ask).await?;
+        self.judged(wish, key, &answer, claim, known, span)
+    }
+
+    /// The same for several at once, all of them others', for whom the same token speaks. None of an authority that knows
+    /// no such call, and is asked for one after the other.
+    pub async fn certificates(
+        &self,
+        wishes: &[(&Wish, &Span)],
+        known: Option<&TrustBundle>,
+    ) -> Result<Option<Vec<Result<(Svid, TrustBundle), Error>>>, Error> {
+        let token = wishes.first().and_then(|(wish, _)| wish.credentials.token.clone());
+        let client = self.client(Credential::Token(token.ok_or(Error::NoCredential)?)).await?;
+        let (mut keys, mut all, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+        for (wish, span) in wishes {
+            let (key, mut wanted) = self.wanted(wish, span)?;
+            let call = self.call(span, "mica.v1.AgentService", "CreateCertificates");
+            wanted.trace = call.context();
+            keys.push(key);
+            all.push(wanted);
+            calls.push(call);
+        }
+        let answers = client.create_certificates(&all).await;
+        for (n, call) in calls.iter_mut().enumerate() {
+            let error = match &answers {
+                Ok(answers) => answers.get(n).and_then(|answer| answer.as_ref().err()),
+                Err(error) => Some(error),
+            };
+            answered(call, error);
+        }
+        drop(calls);
+        let answers = match answers {
+            Err(client::Error::Denied { denial, .. }) if denial.code == Code::Unimplemented => {
+                self.one_by_one.store(true, Ordering::Relaxed);
+                return Ok(None);
+            }
+            answers => answers?,
+        };
+        let judged = wishes
+            .iter()
+            .zip(keys)
+            .zip(answers)
+            .map(|(((wish, span), key), answer)| self.judged(wish, key, &answer?, None, known, span));
+        Ok(Some(judged.collect()))
+    }
+
+    /// A new key, and what is asked for with it.
+    fn wanted(&self, wish: &Wish, span: &Span) -> Result<(PrivateKey, Wanted), Error> {
+        let _part = span.part("key");
+        let key = keys::generate(self.kind)?;
+        let csr = pem::encode(pem::CSR, &nameless(&key.signing()?)?);
+        let impersonated = wish.id.clone().filter(|_| wish.impersonated);
+        Ok((key, Wanted { csr, lifetime: self.lifetime, impersonated, exact: false, trace: None }))
+    }
+
+    /// What peers would take of an answer.
+    fn judged(
+        &self,
+        wish: &Wish,
+        key: PrivateKey,
+        answer: &[String],
+        claim: Option<Claim>,
+        known: Option<&TrustBundle>,
+        span: &Span,
+    ) -> Result<(Svid, TrustBundle), Error> {
         let _part = span.part("judge");
         let now = clock::now();
-        let granted = Granted::checked(&answer, key.public(), wish.id.as_ref(), known, now)
+        let granted = Granted::checked(answer, key.public(), wish.id.as_ref(), known, now)
             .and_then(|granted| claim.map_or(Ok(()), |claim| granted.is_of(&claim)).map(|()| granted))
             .map_err(|fault| Error::Answer { address: self.address(), fault })?;
         let leaf = &granted.chain[0];
@@ -242,6 +312,8 @@ impl Asker {
             let request = client.request(WatchBundlesRequest {})?;
             let answer = AgentServiceClient::new(client.channel()).watch_bundles(request).await;
             let stream = answer.map_err(|status| client.fault(&status))?.into_inner();
+            // It may be another authority than the one that did not.
+            self.one_by_one.store(false, Ordering::Relaxed);
             Ok(Followed { client, stream })
         };
         self.with(wish, held, ask).await

@@ -47,6 +47,7 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         entries: HashMap::new(),
         line: VecDeque::new(),
         tasks: JoinSet::new(),
+        under_way: 0,
         window: Window::default(),
         judged: None,
         hint,
@@ -61,10 +62,15 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
         let wait = keeper.ask_for_what_is_due();
         tokio::select! {
             Some(ended) = keeper.tasks.join_next(), if !keeper.tasks.is_empty() => match ended {
-                Ok((key, took, outcome)) => keeper.settle(key, took, outcome),
+                Ok((took, all)) => all.into_iter().for_each(|(key, outcome)| keeper.settle(key, took, outcome)),
                 Err(fault) => keeper.ask_again(&fault),
             },
-            Some(id) = wanted.recv() => keeper.begin(Some(id)),
+            Some(id) = wanted.recv() => {
+                keeper.begin(Some(id));
+                while let Ok(id) = wanted.try_recv() {
+                    keeper.begin(Some(id));
+                }
+            }
             Ok(()) = bundles.changed() => keeper.judge_again(),
             Ok(()) = hints.changed() => {
                 let before = *hints.borrow_and_update();
@@ -82,7 +88,15 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
 }
 
 type Key = Option<SpiffeId>;
-type Outcome = Result<(Svid, TrustBundle), Error>;
+type Outcome = Result<(Svid, TrustBundle), Arc<Error>>;
+
+/// One identity that is being asked for.
+struct Asked {
+    key: Key,
+    wish: Wish,
+    held: Option<Arc<Svid>>,
+    span: Span,
+}
 
 /// One identity that is kept.
 struct Entry {
@@ -117,7 +131,10 @@ struct Keeper {
     entries: HashMap<Key, Entry>,
     /// What was due when it was last looked for, and has to wait for room.
     line: VecDeque<Key>,
-    tasks: JoinSet<(Key, Duration, Outcome)>,
+    /// Each for one identity, or for several at once; and how long that took.
+    tasks: JoinSet<(Duration, Vec<(Key, Outcome)>)>,
+    /// The identities that they are for.
+    under_way: usize,
     window: Window,
     /// The roots that all that is held was judged by.
     judged: Option<TrustBundle>,
@@ -144,18 +161,52 @@ impl Keeper {
     fn ask_for_what_is_due(&mut self) -> Duration {
         let mut wait = LOOK;
         let mut has_looked = false;
-        // Whatever ends makes room, and wakes the loop.
-        while self.tasks.len() < self.window.size() {
-            match self.line.pop_front() {
-                Some(key) => self.ask(key),
-                None if has_looked => break,
-                None => {
-                    wait = self.line_up();
-                    has_looked = true;
-                }
+        loop {
+            if self.line.is_empty() && !has_looked {
+                wait = self.line_up();
+                has_looked = true;
+            }
+            // Whatever ends makes room, and wakes the loop.
+            let room = self.window.size().saturating_sub(self.under_way);
+            let next = self.next(room);
+            if next.is_empty() {
+                return wait;
+            }
+            self.ask(next);
+        }
+    }
+
+    /// The first in the line; or the first few, if one token speaks for them, half of the window at most: while the
+    /// authority works on these, the next are made ready. If more wait than there is room for, they wait until half of it
+    /// is free, or there would never be room for more than one.
+    fn next(&mut self, room: usize) -> Vec<Asked> {
+        let half = self.window.size() / 2;
+        let mut together = Vec::new();
+        while together.len() < room.min(half)
+            && let Some(key) = self.line.front()
+        {
+            let is_one_of_several = self.is_for_several(key);
+            let goes_with_what_is_taken = match (is_one_of_several, together.is_empty()) {
+                (true, true) => room >= half || self.line.len() <= room,
+                (true, false) => true,
+                (false, is_first) => is_first,
+            };
+            if !goes_with_what_is_taken {
+                break;
+            }
+            let key = self.line.pop_front().flatten();
+            together.extend(self.asked(key));
+            if !is_one_of_several && !together.is_empty() {
+                break;
             }
         }
-        wait
+        together
+    }
+
+    /// Whether one token speaks for this identity and others.
+    fn is_for_several(&self, key: &Key) -> bool {
+        let Some(wish) = key.as_ref().map(|id| self.agent.wish(id)) else { return false };
+        wish.impersonated && wish.credentials.token.is_some() && self.agent.asker.may_ask_for_several()
     }
 
     /// Puts what is due into the line, the longest due first, and says how long nothing else is.
@@ -177,36 +228,49 @@ impl Keeper {
         wait
     }
 
-    fn ask(&mut self, key: Key) {
+    /// What is to be asked for an identity, if it is still wanted.
+    fn asked(&mut self, key: Key) -> Option<Asked> {
         let wish = match &key {
             // Wanted by nobody any more.
             Some(id) if self.agent.held.current(id).is_none() => {
                 self.entries.remove(&key);
                 tracing::info!(identity = %id, "identity is not wanted any more");
-                return;
+                return None;
             }
             Some(id) => self.agent.wish(id),
             None => self.agent.own_wish(),
         };
-        let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.asked.is_none()) else { return };
+        let entry = self.entries.get_mut(&key).filter(|entry| entry.asked.is_none())?;
         if entry.failures == 0 && entry.is_early(clock::both()) {
             tracing::warn!(identity = ?key, "the clock was set back: the certificate is not valid yet, and is renewed at once");
         }
         let span = entry.span.get_or_insert_with(|| begun(&self.agent.tracer, "renewal")).part("obtain");
-        let (agent, held) = (self.agent.clone(), entry.svid.clone());
+        let held = entry.svid.clone();
+        Some(Asked { key, wish, held, span })
+    }
+
+    fn ask(&mut self, all: Vec<Asked>) {
+        let keys: Vec<Key> = all.iter().map(|asked| asked.key.clone()).collect();
+        let agent = self.agent.clone();
         let task = self.tasks.spawn(async move {
             let begun = Instant::now();
-            let outcome = obtain(&agent, &wish, held.as_deref(), span).await;
-            (key, begun.elapsed(), outcome)
+            let outcomes = obtain(&agent, all).await;
+            (begun.elapsed(), outcomes)
         });
-        entry.asked = Some(task.id());
+        self.under_way += keys.len();
+        for key in keys {
+            if let Some(entry) = self.entries.get_mut(&key) {
+                entry.asked = Some(task.id());
+            }
+        }
     }
 
     /// A request that a fault of ours ended is a failure as any other: its identity is not forgotten.
     fn ask_again(&mut self, fault: &task::JoinError) {
         tracing::error!(%fault, "a request ended by itself");
-        self.agent.metrics.failed("fault");
-        if let Some(entry) = self.entries.values_mut().find(|entry| entry.asked == Some(fault.id())) {
+        for entry in self.entries.values_mut().filter(|entry| entry.asked == Some(fault.id())) {
+            self.agent.metrics.failed("fault");
+            self.under_way -= 1;
             entry.asked = None;
             entry.failures = entry.failures.saturating_add(1);
             entry.due = Due::after(retry_after(entry.failures, None, draw()), clock::both());
@@ -218,6 +282,7 @@ impl Keeper {
             Ok(_) => self.window.answered(took),
             Err(_) => self.window.failed(),
         }
+        self.under_way -= 1;
         let now = clock::both();
         let Some(mut entry) = self.entries.remove(&key) else { return };
         entry.asked = None;
@@ -339,30 +404,50 @@ fn begun(tracer: &Tracer, why: &'static str) -> Span {
     span
 }
 
-async fn obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, mut span: Span) -> Outcome {
-    let outcome = try_obtain(agent, wish, held, &span).await;
-    match &outcome {
-        Ok((svid, _)) => span.set("mica.identity", &svid.id),
-        Err(error) => span.fail(error.reason()),
-    }
-    outcome
-}
-
-async fn try_obtain(agent: &Agent, wish: &Wish, held: Option<&Svid>, span: &Span) -> Outcome {
+/// Asks for one identity, or for several at once.
+async fn obtain(agent: &Agent, all: Vec<Asked>) -> Vec<(Key, Outcome)> {
     let begun = Instant::now();
     let before = agent.held.bundles().borrow().clone();
     let roots = before.as_deref().and_then(Bundles::roots);
-    let asked = agent.asker.certificate(wish, held, roots, span);
-    let outcome = timeout(ANSWER, asked).await.unwrap_or_else(|_| {
-        Err(Error::Client(client::Error::Slow {
-            address: agent.asker.address(),
-            what: "answer",
-            within: ANSWER,
-        }))
+    let outcomes = timeout(ANSWER, certificates(agent, &all, roots)).await.unwrap_or_else(|_| {
+        let slow = client::Error::Slow { address: agent.asker.address(), what: "answer", within: ANSWER };
+        let slow = Arc::new(Error::Client(slow));
+        all.iter().map(|_| Err(slow.clone())).collect()
     });
-    agent.metrics.asked(begun.elapsed());
-    let (svid, bundle) = outcome?;
-    // Peers may know the roots better than the authority that answered.
+    let settled = all.into_iter().zip(outcomes).map(|(Asked { key, mut span, .. }, outcome)| {
+        agent.metrics.asked(begun.elapsed());
+        let outcome = outcome.and_then(|got| accepted(agent, got).map_err(Arc::new));
+        match &outcome {
+            Ok((svid, _)) => span.set("mica.identity", &svid.id),
+            Err(error) => span.fail(error.reason()),
+        }
+        (key, outcome)
+    });
+    settled.collect()
+}
+
+async fn certificates(agent: &Agent, all: &[Asked], roots: Option<&TrustBundle>) -> Vec<Outcome> {
+    if all.len() > 1 {
+        let wishes: Vec<_> = all.iter().map(|asked| (&asked.wish, &asked.span)).collect();
+        match agent.asker.certificates(&wishes, roots).await {
+            Ok(Some(outcomes)) => return outcomes.into_iter().map(|one| one.map_err(Arc::new)).collect(),
+            Ok(None) => {}
+            Err(error) => {
+                let error = Arc::new(error);
+                return all.iter().map(|_| Err(error.clone())).collect();
+            }
+        }
+    }
+    let mut outcomes = Vec::with_capacity(all.len());
+    for Asked { wish, held, span, .. } in all {
+        let outcome = agent.asker.certificate(wish, held.as_deref(), roots, span).await;
+        outcomes.push(outcome.map_err(Arc::new));
+    }
+    outcomes
+}
+
+/// Peers may know the roots better than the authority that answered.
+fn accepted(agent: &Agent, (svid, bundle): (Svid, TrustBundle)) -> Result<(Svid, TrustBundle), Error> {
     let known = agent.held.bundles().borrow().clone();
     if agent.bundles_live.load(Ordering::Relaxed)
         && let Some(roots) = known.as_deref().and_then(Bundles::roots)

@@ -32,9 +32,13 @@ use crate::core::trace::Context;
 use crate::proto::google::rpc;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
 use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
-use crate::proto::mica::v1::ExplainRequest;
 pub use crate::proto::mica::v1::ExplainResponse;
+use crate::proto::mica::v1::agent_service_client::AgentServiceClient;
+use crate::proto::mica::v1::certificate_answer::Answer;
 use crate::proto::mica::v1::identity_service_client::IdentityServiceClient;
+use crate::proto::mica::v1::{
+    CertificateAnswer, CertificateRequest, CreateCertificatesRequest, ExplainRequest,
+};
 use crate::sys::files;
 use dial::Dial;
 
@@ -393,6 +397,39 @@ impl Client {
         let mut service = IstioCertificateServiceClient::new(self.channel());
         let answer = service.create_certificate(self.traced(wanted.message(), wanted.trace)?).await;
         Ok(answer.map_err(|status| self.fault(&status))?.into_inner().cert_chain)
+    }
+
+    /// Asks for several at once: the answer to each, in their order, or why there is none.
+    pub async fn create_certificates(
+        &self,
+        wanted: &[Wanted],
+    ) -> Result<Vec<Result<Vec<String>, Error>>, Error> {
+        let requests = wanted.iter().map(|wanted| CertificateRequest {
+            request: Some(wanted.message()),
+            traceparent: wanted.trace.map(|trace| trace.traceparent()).unwrap_or_default(),
+        });
+        let message = CreateCertificatesRequest { requests: requests.collect() };
+        let answer =
+            AgentServiceClient::new(self.channel()).create_certificates(self.request(message)?).await;
+        let answers = answer.map_err(|status| self.fault(&status))?.into_inner().answers;
+        if answers.len() != wanted.len() {
+            let (asked, answered) = (wanted.len(), answers.len());
+            let fault = format!("{asked} certificates were asked for at once, and {answered} answers came");
+            return Err(self.protocol(fault));
+        }
+        let read = |one: CertificateAnswer| match one.answer {
+            Some(Answer::Granted(granted)) => Ok(granted.cert_chain),
+            Some(Answer::Refused(refused)) => {
+                let (code, details) = (refused.code.into(), refused.encode_to_vec());
+                Err(self.fault(&Status::with_details(code, refused.message, details.into())))
+            }
+            None => Err(self.protocol("one of several answers is empty".to_owned())),
+        };
+        Ok(answers.into_iter().map(read).collect())
+    }
+
+    fn protocol(&self, fault: String) -> Error {
+        Error::Protocol { address: self.address.to_string(), expected: "Mica's protocol", fault }
     }
 
     /// Asks what a request for a certificate would be answered, and why.

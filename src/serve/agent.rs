@@ -1,4 +1,5 @@
-//! What agents need beyond certificates: JWT-SVIDs, bundles as they change, and a place to say who holds which.
+//! What agents need beyond a certificate: several at once, JWT-SVIDs, bundles as they change, and a place to say who holds
+//! which.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -17,24 +18,29 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_stream::Stream;
-use tonic::metadata::MetadataMap;
+use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Request, Response, Status};
 
-use super::codes::status;
+use super::codes::{refused, status};
 use super::holders::{Count, Holder, Holders, Reporter};
-use super::istio::peer;
+use super::istio::{CREATE_CERTIFICATES, answer, ask, peer};
 use super::requests::{JwtAsk, Requests};
 use crate::auth::{Evidence, Peer};
-use crate::authority::Bundles;
+use crate::authority::{Bundles, Grant};
 use crate::core::caller::Caller;
 use crate::core::published::Published;
 use crate::core::refusal::{Code, Reason, Refusal};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain, shortened};
 use crate::proto::mica::v1::agent_service_server::AgentService;
+use crate::proto::mica::v1::certificate_answer::Answer;
 use crate::proto::mica::v1::{self as api};
 
 /// The path of the method that is listened to for ever.
 pub(super) const WATCH_BUNDLES: &str = "/mica.v1.AgentService/WatchBundles";
+/// Certificates in one call.
+const MOST_AT_ONCE: usize = 16;
+/// Those that were not begun by then are refused, so that the others are answered in time.
+const LAST_BEGINS: Duration = Duration::from_secs(10);
 /// Whether those who listen may still do so is asked again this often.
 const LOOK: Duration = Duration::from_secs(60);
 /// So many listen at once as one account, from one place.
@@ -124,9 +130,64 @@ pub(super) struct Agent {
     pub(super) stopped: watch::Receiver<()>,
 }
 
+impl Agent {
+    /// One of several requests, which may be a part of a trace of its own.
+    async fn grant(&self, one: api::CertificateRequest, evidence: &Evidence<'_>) -> Result<Grant, Refusal> {
+        let asked = one.request.unwrap_or_default();
+        let ask = ask(CREATE_CERTIFICATES, &asked);
+        let requests = &self.agents.requests;
+        let traceparent: Option<AsciiMetadataValue> = one.traceparent.parse().ok();
+        let Some(traceparent) = traceparent.filter(|text| !text.is_empty()) else {
+            return requests.grant(&ask, evidence).await;
+        };
+        let mut metadata = evidence.metadata.clone();
+        metadata.insert("traceparent", traceparent);
+        requests.grant(&ask, &Evidence { peer: evidence.peer, metadata: &metadata }).await
+    }
+}
+
 #[tonic::async_trait]
 impl AgentService for Agent {
     type WatchBundlesStream = Told;
+
+    async fn create_certificates(
+        &self,
+        request: Request<api::CreateCertificatesRequest>,
+    ) -> Result<Response<api::CreateCertificatesResponse>, Status> {
+        let begun = Instant::now();
+        let (metadata, extensions, asked) = request.into_parts();
+        let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
+        let requests = &self.agents.requests;
+        let refuse = |refusal: &Refusal| {
+            requests.answered(CREATE_CERTIFICATES, None, Some(refusal), begun, evidence.peer.source, None);
+        };
+        let count = asked.requests.len();
+        if count > MOST_AT_ONCE {
+            let sentence =
+                format!("the call has {count} requests, and at most {MOST_AT_ONCE} are taken at once");
+            let refusal = Refusal::new(Reason::CsrMalformed, sentence);
+            refuse(&refusal);
+            return Err(status(&refusal));
+        }
+        let mut answers = Vec::with_capacity(count);
+        // One after the other: whoever asks for many at once has one place in the queue, as all others have.
+        for one in asked.requests {
+            let granted = if begun.elapsed() < LAST_BEGINS {
+                self.grant(one, &evidence).await
+            } else {
+                let refusal =
+                    Refusal::new(Reason::QueueFull, "too many requests wait; try again with this one");
+                refuse(&refusal);
+                Err(refusal)
+            };
+            let answer = match granted {
+                Ok(grant) => Answer::Granted(answer(&grant)),
+                Err(refusal) => Answer::Refused(refused(&refusal)),
+            };
+            answers.push(api::CertificateAnswer { answer: Some(answer) });
+        }
+        Ok(Response::new(api::CreateCertificatesResponse { answers }))
+    }
 
     async fn create_jwt_svid(
         &self,

@@ -95,7 +95,9 @@ pub(super) struct Unanswered(Mutex<Requested>);
 struct Requested {
     open: BTreeSet<(Instant, u64)>,
     count: u64,
-    /// Who waits for the last.
+    /// Those of them that ask for one certificate, which takes no time.
+    short: usize,
+    /// Who waits for the last of these.
     waker: Option<Waker>,
 }
 
@@ -105,10 +107,10 @@ impl Unanswered {
         self.lock().open.first().is_some_and(|(deadline, _)| *deadline < Instant::now())
     }
 
-    /// Whether there is one. Whoever waits for that to change is woken.
+    /// Whether there is one that will be answered in no time. Whoever waits for that to change is woken.
     pub(super) fn any_but_wake(&self, waker: &Waker) -> bool {
         let mut all = self.lock();
-        if all.open.is_empty() {
+        if all.short == 0 {
             return false;
         }
         match &mut all.waker {
@@ -118,12 +120,13 @@ impl Unanswered {
         true
     }
 
-    pub(super) fn begin(self: &Arc<Self>, within: Duration) -> Open {
+    pub(super) fn begin(self: &Arc<Self>, within: Duration, is_short: bool) -> Open {
         let mut all = self.lock();
         all.count += 1;
+        all.short += usize::from(is_short);
         let at = (Instant::now() + within, all.count);
         all.open.insert(at);
-        Open { of: self.clone(), at }
+        Open { of: self.clone(), at, is_short }
     }
 
     fn lock(&self) -> MutexGuard<'_, Requested> {
@@ -135,13 +138,15 @@ impl Unanswered {
 pub(super) struct Open {
     of: Arc<Unanswered>,
     at: (Instant, u64),
+    is_short: bool,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
         let mut all = self.of.lock();
         all.open.remove(&self.at);
-        if all.open.is_empty()
+        all.short -= usize::from(self.is_short);
+        if all.short == 0
             && let Some(waker) = all.waker.take()
         {
             drop(all);
@@ -195,7 +200,7 @@ impl Gate for Terms {
         let unread = counted.map(|(requests, method)| Unread { requests, method, source, begun });
         match crowd.room(source) {
             Some(room) => {
-                let open = within.map(|within| unanswered.begin(within));
+                let open = within.map(|within| unanswered.begin(within, self.counted.is_some()));
                 Ok(Some(Held { open, _room: room, unread }))
             }
             None => Err(refused(unread.as_ref(), &Full.into())),
@@ -303,9 +308,9 @@ mod tests {
     #[test]
     fn the_one_that_is_due_first_decides() {
         let unanswered = Arc::new(Unanswered::default());
-        let slow = unanswered.begin(Duration::from_secs(600));
+        let slow = unanswered.begin(Duration::from_secs(600), true);
         assert!(!unanswered.is_overdue());
-        let late = [unanswered.begin(Duration::ZERO), unanswered.begin(Duration::ZERO)];
+        let late = [unanswered.begin(Duration::ZERO, true), unanswered.begin(Duration::ZERO, true)];
         std::thread::sleep(Duration::from_millis(2));
         assert!(unanswered.is_overdue());
         let [first, second] = late;

@@ -26,7 +26,13 @@ impl From<Code> for tonic::Code {
 
 /// The status that a caller gets.
 pub(super) fn status(refusal: &Refusal) -> Status {
-    let code = tonic::Code::from(refusal.reason.code());
+    let refused = refused(refusal);
+    let details = Bytes::from(refused.encode_to_vec());
+    Status::with_details(refusal.reason.code().into(), refused.message, details)
+}
+
+/// The same as a message, for one request of several.
+pub(super) fn refused(refusal: &Refusal) -> rpc::Status {
     let mut message = refusal.sentence.clone();
     if message.len() > LONGEST_SENTENCE {
         message.truncate(message.floor_char_boundary(LONGEST_SENTENCE));
@@ -37,10 +43,9 @@ pub(super) fn status(refusal: &Refusal) -> Status {
         domain: DOMAIN.to_owned(),
         metadata: Default::default(),
     };
-    let details = rpc::Status {
-        code: code.into(),
-        message: message.clone(),
+    rpc::Status {
+        code: tonic::Code::from(refusal.reason.code()).into(),
+        message,
         details: vec![Any { type_url: ERROR_INFO.to_owned(), value: info.encode_to_vec() }],
-    };
-    Status::with_details(code, message, Bytes::from(details.encode_to_vec()))
+    }
 }

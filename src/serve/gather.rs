@@ -18,7 +18,7 @@ const MOST: usize = 16 * 1024;
 const PATIENCE: Duration = Duration::from_millis(2);
 
 /// A stream whose writes are gathered until they are flushed, and until other tasks that are ready have had a chance to
-/// write, too. While there is something else that the client waits for, they go on waiting for its answer.
+/// write, too. While the client waits for another certificate, they go on waiting for that.
 #[derive(Debug)]
 pub(super) struct Gather<S> {
     stream: S,
@@ -38,7 +38,7 @@ enum When {
     Now,
     /// once the tasks that are ready have had a turn,
     NextTurn,
-    /// or with the last answer that the client waits for, unless patience ends first.
+    /// or with the last certificate that the client waits for, unless patience ends first.
     Later,
 }
 
@@ -251,9 +251,14 @@ mod tests {
         one.gathered.extend(b"body");
         assert_eq!(when(&mut one, 1_000), When::NextTurn);
         turn(&mut one);
-        let other = one.unanswered.begin(Duration::from_secs(30));
+        let other = one.unanswered.begin(Duration::from_secs(30), true);
         assert_eq!([1_000, 2_000].map(|us| when(&mut one, us)), [When::Later, When::Now]);
+        // What takes its time is not waited for.
+        let long = one.unanswered.begin(Duration::from_secs(30), false);
+        assert_eq!(when(&mut one, 1_000), When::Later);
         drop(other);
+        assert_eq!(when(&mut one, 1_000), When::Now);
+        drop(long);
         assert_eq!(when(&mut one, 1_000), When::Now);
         let mut full = answer();
         full.gathered.resize(MOST, 0);
@@ -266,7 +271,7 @@ mod tests {
         for (others, last_comes) in [(1, true), (1, false), (0, true)] {
             let mut gather = counted();
             let mut open: Vec<_> =
-                (0..others).map(|_| gather.unanswered.begin(Duration::from_secs(30))).collect();
+                (0..others).map(|_| gather.unanswered.begin(Duration::from_secs(30), true)).collect();
             let begun = Instant::now();
             let mut polls = 0;
             gather.write_all(b"answer").await.unwrap();

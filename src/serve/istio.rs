@@ -21,6 +21,8 @@ use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertif
 /// The methods, as metrics and the log have them.
 pub(super) const CREATE_CERTIFICATE: &str = "CreateCertificate";
 pub(super) const HANDLE_CSR: &str = "HandleCSR";
+/// Mica's own for several at once.
+pub(super) const CREATE_CERTIFICATES: &str = "CreateCertificates";
 /// Metadata of CreateCertificate: which of several signers. There is one.
 const CERT_SIGNER: &str = "CertSigner";
 /// Metadata of CreateCertificate: a SPIFFE ID that a node's proxy asks for.
@@ -42,15 +44,9 @@ impl IstioCertificateService for Istio {
     ) -> Result<Response<istio::IstioCertificateResponse>, Status> {
         let (metadata, extensions, asked) = request.into_parts();
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
-        let ask = Ask {
-            method: CREATE_CERTIFICATE,
-            csr: Some(asked.csr.as_bytes()),
-            lifetime: lifetime(asked.validity_duration),
-            wishes: wishes(asked.metadata.as_ref()),
-            names_itself: false,
-        };
+        let ask = ask(CREATE_CERTIFICATE, &asked);
         let grant = self.requests.grant(&ask, &evidence).await.map_err(|refusal| status(&refusal))?;
-        Ok(Response::new(istio::IstioCertificateResponse { cert_chain: framed(&grant) }))
+        Ok(Response::new(answer(&grant)))
     }
 }
 
@@ -75,6 +71,17 @@ impl IstioCaService for Istio {
             status: None,
             signed_cert_chain: grant.chain_pem().into_bytes(),
         }))
+    }
+}
+
+/// What a request for a certificate asks, by whatever method it came.
+pub(super) fn ask<'a>(method: &'static str, asked: &'a istio::IstioCertificateRequest) -> Ask<'a> {
+    Ask {
+        method,
+        csr: Some(asked.csr.as_bytes()),
+        lifetime: lifetime(asked.validity_duration),
+        wishes: wishes(asked.metadata.as_ref()),
+        names_itself: false,
     }
 }
 
@@ -111,12 +118,12 @@ pub fn wishes(metadata: Option<&Struct>) -> Result<Wishes, Refusal> {
 
 /// The leaf and each intermediate one PEM each; the last element is the whole trust bundle, which clients split
 /// themselves.
-fn framed(grant: &Grant) -> Vec<String> {
+pub(super) fn answer(grant: &Grant) -> istio::IstioCertificateResponse {
     let mut elements = Vec::with_capacity(2 + grant.issuer.chain().len());
     elements.push(pem::encode(pem::CERTIFICATE, grant.issued.der()));
     elements.extend(grant.issuer.chain().iter().map(|above| above.to_pem()));
     elements.push(grant.issuer.bundle().pem().to_string());
-    elements
+    istio::IstioCertificateResponse { cert_chain: elements }
 }
 
 /// None, which asks for the default, for 0 or less.

@@ -126,7 +126,8 @@ impl Metrics {
         refusal: Option<&Refusal>,
         duration: Duration,
     ) {
-        let is_for_a_certificate = [istio::CREATE_CERTIFICATE, istio::HANDLE_CSR].contains(&method);
+        let for_a_certificate = [istio::CREATE_CERTIFICATE, istio::CREATE_CERTIFICATES, istio::HANDLE_CSR];
+        let is_for_a_certificate = for_a_certificate.contains(&method);
         if is_for_a_certificate {
             self.asked.inc();
         }
@@ -138,7 +139,7 @@ impl Metrics {
         };
         self.refused.get_or_create(&Refused { method, reason: refusal.reason.name() }).inc();
         match refusal.reason {
-            // Istio's names are for Istio's methods.
+            // Istio's names are for what Istio's methods do.
             _ if !is_for_a_certificate => {}
             Reason::CsrNames => self.unnamed.inc(),
             Reason::CsrMalformed

@@ -24,8 +24,9 @@ use mica::proto::istio::v1::auth::istio_certificate_service_server::{
 use mica::proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
 use mica::proto::mica::v1::agent_service_server::{AgentService, AgentServiceServer};
 use mica::proto::mica::v1::{
-    Bundle, CreateJwtSvidRequest, CreateJwtSvidResponse, ReportHoldersRequest, ReportHoldersResponse,
-    WatchBundlesRequest, WatchBundlesResponse,
+    Bundle, CreateCertificatesRequest, CreateCertificatesResponse, CreateJwtSvidRequest,
+    CreateJwtSvidResponse, ReportHoldersRequest, ReportHoldersResponse, WatchBundlesRequest,
+    WatchBundlesResponse,
 };
 use mica::sys::{clock, keys};
 use prost_types::Timestamp;
@@ -285,6 +286,13 @@ impl IstioCertificateService for Authority {
 impl AgentService for Authority {
     type WatchBundlesStream =
         std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<WatchBundlesResponse, Status>> + Send>>;
+
+    async fn create_certificates(
+        &self,
+        _: Request<CreateCertificatesRequest>,
+    ) -> Result<Response<CreateCertificatesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
 
     async fn create_jwt_svid(
         &self,

@@ -12,6 +12,7 @@ use tonic::{Code, Status};
 
 use super::control_plane::{ControlPlane, ISSUER, TestNamespace, runtime};
 use super::knowledge::{permissions, permit, permitted};
+use crate::agent;
 use crate::serve::mtls::{ask, connect, csr, reason};
 use crate::serve::{Mica, Place, output_within, wait_for};
 
@@ -444,6 +445,43 @@ fn a_proxy_gets_the_identities_of_pods_that_run_on_its_node_and_no_others() {
         (reason(&refused) == "IMPERSONATOR_UNBOUND").then_some(())
     });
     assert!(mica.log().contains("IMPERSONATOR_UNBOUND"));
+}
+
+#[test]
+fn an_agent_has_the_identities_of_many_pods_in_few_calls_and_one_that_is_refused_holds_up_nobody() {
+    let plane = ControlPlane::shared();
+    let Mesh { namespace, place, mica, nodes: [a, b], token, .. } = &Mesh::start(plane);
+    let names: Vec<String> = (0..40).map(|n| format!("many-{n}")).collect();
+    for (n, name) in names.iter().enumerate() {
+        namespace.account(name);
+        // One of them runs elsewhere.
+        namespace.pod(&format!("{name}-1"), name, if n == 7 { b } else { a });
+    }
+    let path = |name: &str| place.root.path().join(name);
+    let entries = (names.iter().enumerate())
+        .map(|(n, name)| format!("- identity: {}\n  match: {{uid: {}}}\n", id(namespace, name), 10_000 + n));
+    std::fs::write(path("workloads.yaml"), format!("workloads:\n{}", entries.collect::<String>())).unwrap();
+    std::fs::write(path("token"), token).unwrap();
+    let mut command = agent::command(place, mica);
+    command.arg("--token-file").arg(path("token")).arg("--workloads").arg(path("workloads.yaml"));
+    command.arg("--socket").arg(path("agent.sock")).arg("--files").arg(path("files"));
+    let agent = agent::start(place, "agent", &mut command);
+    let held = |name: &String| {
+        let folder = path("files").join(&namespace.name).join(format!("istio.{name}"));
+        agent::leaf_in(&folder).ok().map(|leaf| leaf.uris[0].clone())
+    };
+    let expected: Vec<_> =
+        names.iter().enumerate().map(|(n, name)| (n != 7).then(|| id(namespace, name))).collect();
+    wait_for(Duration::from_secs(20), "the certificates", || {
+        let all: Vec<_> = names.iter().map(held).collect();
+        (all == expected && agent.log().contains("IMPERSONATED_ELSEWHERE")).then_some(())
+    });
+    let granted = |method: &str| {
+        mica.metric(&format!("mica_requests_granted_total{{method=\"{method}\",authenticator=\"token\"}}"))
+    };
+    // Most of them in calls for several, and none twice.
+    let (several, alone) = (granted("CreateCertificates"), granted("CreateCertificate"));
+    assert!(several >= 30.0 && several + alone == 40.0, "{several} {alone}");
 }
 
 #[test]

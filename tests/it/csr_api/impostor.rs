@@ -16,6 +16,7 @@ use mica::proto::istio::v1::auth::istio_certificate_service_server::{
 };
 use mica::proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
 use mica::sys::{files, keys};
+use prost_types::value::Kind;
 use time::{Duration, OffsetDateTime};
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
@@ -62,24 +63,29 @@ fn leaf(issuer: &Issuer, id: &str, key: &PublicKey, at: OffsetDateTime) -> Strin
 /// A place with a CA, an impostor that its root vouches for, and the address of it.
 async fn start(first: Answer) -> (Place, Impostor, String) {
     let place = Place::with_ca();
+    let impostor = Impostor(Arc::new(Mutex::new(first)));
+    let address = serve(&place, impostor.clone()).await;
+    (place, impostor, address)
+}
+
+async fn serve(place: &Place, authority: impl IstioCertificateService) -> String {
     place.ok(&["root", "new", "--out", "other"]);
     place.write("token", "a.b.c");
     let key = keys::generate(KeyKind::P256).unwrap();
     let serving = Profile::Serving { dns: &["localhost".parse().unwrap()], addresses: &[] };
-    let issuer = issuer(&place, "ca");
+    let issuer = issuer(place, "ca");
     let chain = issued(&issuer, serving, key.public(), OffsetDateTime::now_utc())
         + &issuer.chain().iter().map(Certificate::to_pem).collect::<String>();
     let tls = ServerTlsConfig::new().identity(Identity::from_pem(chain, key.to_pem().as_bytes()));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let impostor = Impostor(Arc::new(Mutex::new(first)));
     let server = Server::builder()
         .tls_config(tls)
         .unwrap()
-        .add_service(IstioCertificateServiceServer::new(impostor.clone()))
+        .add_service(IstioCertificateServiceServer::new(authority))
         .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
     tokio::spawn(server);
-    (place, impostor, address)
+    address
 }
 
 fn ask(place: &Place, address: &str, more: &[&str]) -> Done {
@@ -312,4 +318,59 @@ fn a_server_that_speaks_tls_and_no_http2_is_told_so() {
     let _ = server.wait();
     assert_eq!(done.code, 2, "{done:?}");
     assert!(done.one_line().contains("does not speak HTTP/2"), "{done:?}");
+}
+
+/// An authority as Istio's: it has no call but this one, and names whom it is asked for.
+struct OneByOne(Issuer, String);
+
+#[tonic::async_trait]
+impl IstioCertificateService for OneByOne {
+    async fn create_certificate(
+        &self,
+        request: Request<IstioCertificateRequest>,
+    ) -> Result<Response<IstioCertificateResponse>, Status> {
+        let asked = request.into_inner();
+        let csr = CheckedCsr::from_pem(asked.csr.as_bytes()).unwrap();
+        let wanted = asked.metadata.and_then(|mut all| all.fields.remove("ImpersonatedIdentity"));
+        let Some(Kind::StringValue(id)) = wanted.and_then(|value| value.kind) else {
+            return Err(Status::unauthenticated("not the agent's own"));
+        };
+        let mut cert_chain = vec![leaf(&self.0, &id, csr.key(), OffsetDateTime::now_utc())];
+        cert_chain.extend(self.0.chain().iter().map(Certificate::to_pem));
+        cert_chain.push(self.1.clone());
+        Ok(Response::new(IstioCertificateResponse { cert_chain }))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_authority_that_knows_no_call_for_several_is_asked_one_by_one() {
+    let place = Place::with_ca();
+    let authority = OneByOne(issuer(&place, "ca"), place.read("root/root-cert.pem"));
+    let address = serve(&place, authority).await;
+    let entries: String = (0..20)
+        .map(|n| {
+            format!(
+                "- {{identity: spiffe://cluster.local/ns/many/sa/a{n}, match: {{uid: {}}}}}\n",
+                10_000 + n
+            )
+        })
+        .collect();
+    place.write("workloads.yaml", format!("workloads:\n{entries}"));
+    let mut agent = std::process::Command::new(env!("CARGO_BIN_EXE_mica"))
+        .current_dir(place.path(""))
+        .args(["agent", "--http-address", "127.0.0.1:0", "--authority-address", &address])
+        .args(["--authority-name", "localhost", "--authority-roots", "root/root-cert.pem"])
+        .args(["--identity", "spiffe://cluster.local/ns/many/sa/agent", "--token-file", "token"])
+        .args(["--workloads", "workloads.yaml", "--socket", "agent.sock", "--files", "files"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    tokio::task::block_in_place(|| {
+        wait_for(std::time::Duration::from_secs(20), "the certificates", || {
+            let has = |n| crate::agent::leaf_in(&place.path(&format!("files/many/istio.a{n}"))).is_ok();
+            (0..20).all(has).then_some(())
+        });
+    });
+    agent.kill().unwrap();
+    agent.wait().unwrap();
 }

@@ -12,17 +12,19 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use mica::core::certificate::Certificate;
 use mica::core::published::Published;
 use mica::proto::mica::v1::agent_service_client::AgentServiceClient;
+use mica::proto::mica::v1::certificate_answer::Answer;
 use mica::proto::mica::v1::{
-    Bundle, CreateJwtSvidRequest, CreateJwtSvidResponse, Holder, ReportHoldersRequest, WatchBundlesRequest,
-    WatchBundlesResponse,
+    Bundle, CertificateRequest, CreateCertificatesRequest, CreateJwtSvidRequest, CreateJwtSvidResponse,
+    Holder, ReportHoldersRequest, WatchBundlesRequest, WatchBundlesResponse,
 };
+use prost::Message as _;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 use super::authority::{Brought, P256};
-use super::mtls::{connect, reason};
+use super::mtls::{ask, connect, csr, reason};
 use super::{Mica, Place, wait_for};
 use crate::parts;
 
@@ -94,6 +96,62 @@ pub(crate) fn judged(keys: &[u8], token: &str, audience: &str) -> Result<String,
         true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
         false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_certificates_in_one_call_are_each_granted_or_refused_by_themselves() {
+    let (place, mica) = start(&["--log-format", "json"]);
+    let mut client = as_web(&mica, &place).await;
+    let alone = |csr: &str| CertificateRequest { request: Some(ask(csr.to_owned())), ..Default::default() };
+    let good = alone(&csr("spiffe://cluster.local/ns/some/sa/body"));
+    let mut other = good.clone();
+    let wanted = prost_types::value::Kind::StringValue("spiffe://cluster.local/ns/shop/sa/db".to_owned());
+    let fields = [("ImpersonatedIdentity".to_owned(), prost_types::Value { kind: Some(wanted) })].into();
+    other.request.as_mut().unwrap().metadata = Some(prost_types::Struct { fields });
+    let traced = CertificateRequest {
+        traceparent: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned(),
+        ..good.clone()
+    };
+    let asked = [&good, &alone("no CSR"), &other, &CertificateRequest::default(), &traced];
+    let requests = CreateCertificatesRequest { requests: asked.into_iter().cloned().collect() };
+    let answers = client.create_certificates(requests).await.unwrap().into_inner().answers;
+    let told: Vec<_> = answers
+        .into_iter()
+        .map(|one| match one.answer.unwrap() {
+            Answer::Granted(granted) => {
+                let leaf = Certificate::all_from_pem(granted.cert_chain[0].as_bytes()).unwrap().remove(0);
+                assert_eq!(granted.cert_chain.len(), 2);
+                leaf.uris[0].clone()
+            }
+            Answer::Refused(refused) => {
+                let details = refused.encode_to_vec().into();
+                reason(&Status::with_details(refused.code.into(), refused.message, details))
+            }
+        })
+        .collect();
+    assert_eq!(told, [WEB, "CSR_MALFORMED", "IMPERSONATOR_UNKNOWN", "CSR_MALFORMED", WEB]);
+    // Each has its line, and its place in the numbers.
+    let log = mica.log();
+    assert_eq!(log.matches("request refused").count(), 3, "{log}");
+    assert_eq!(log.matches("4bf92f3577b34da6a3ce929d0e0e4736").count(), 1, "{log}");
+    let granted = "mica_requests_granted_total{method=\"CreateCertificates\",authenticator=\"certificate\"}";
+    assert_eq!((mica.metric(granted), mica.metric("citadel_server_csr_count")), (2.0, 5.0));
+
+    let none = client.create_certificates(CreateCertificatesRequest::default()).await.unwrap().into_inner();
+    assert_eq!(none.answers, []);
+    let requests = CreateCertificatesRequest { requests: vec![good.clone(); 16] };
+    let all = client.create_certificates(requests).await.unwrap().into_inner();
+    assert!(all.answers.iter().all(|one| matches!(one.answer, Some(Answer::Granted(_)))), "{all:?}");
+    let requests = CreateCertificatesRequest { requests: vec![good.clone(); 17] };
+    let refused = client.create_certificates(requests).await.unwrap_err();
+    assert!(refused.message().contains("17"), "{refused}");
+    assert_eq!((refused.code(), reason(&refused).as_str()), (Code::InvalidArgument, "CSR_MALFORMED"));
+
+    let mut nobody = AgentServiceClient::new(connect(&mica, &place, None).await);
+    let requests = CreateCertificatesRequest { requests: vec![good] };
+    let answer = nobody.create_certificates(requests).await.unwrap().into_inner().answers.remove(0);
+    assert!(matches!(answer.answer, Some(Answer::Refused(refused)) if refused.code == 16));
+    mica.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
