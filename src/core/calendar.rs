@@ -199,7 +199,8 @@ fn lifetime_of(renewal_after: u64) -> u64 {
 /// The one of `count` that costs least; of equals the first from one on that is drawn.
 fn least_of(count: u64, draw: u64, mut cost: impl FnMut(u64) -> u64) -> u64 {
     let from = draw % count;
-    (0..count).min_by_key(|at| (cost(*at), (at + count - from) % count)).unwrap_or(0)
+    let behind = |at: u64| if at < from { at + count - from } else { at - from };
+    (0..count).min_by_key(|at| (cost(*at), behind(*at))).unwrap_or(0)
 }
 
 /// A number below `count`, by lot.

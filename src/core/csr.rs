@@ -104,8 +104,8 @@ impl CheckedCsr {
         if text.len() > 2 * MAX {
             return Err(Error::TooLong(text.len()));
         }
-        let blocks = pem::blocks(text)?;
-        let [block] = &blocks[..] else {
+        let mut blocks = pem::blocks(text)?;
+        let [block] = &mut blocks[..] else {
             return Err(if blocks.is_empty() {
                 pem::Error::Empty(pem::CSR).into()
             } else {
@@ -116,7 +116,8 @@ impl CheckedCsr {
         if block.label != pem::CSR && block.label != "NEW CERTIFICATE REQUEST" {
             return Err(Error::Label(block.label.clone()));
         }
-        Self::from_der(&block.der)
+        // Need not be wiped.
+        Self::from_der(&std::mem::take(&mut *block.der))
     }
 
     /// Reads DER.
