@@ -45,9 +45,10 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
     let mut keeper = Keeper {
         agent: agent.clone(),
         entries: HashMap::new(),
-        line: VecDeque::new(),
+        alone: VecDeque::new(),
+        together: VecDeque::new(),
         tasks: JoinSet::new(),
-        under_way: 0,
+        under_way: HashMap::new(),
         window: Window::default(),
         judged: None,
         hint,
@@ -61,10 +62,15 @@ pub async fn keep(agent: Arc<Agent>, mut wanted: mpsc::UnboundedReceiver<SpiffeI
     loop {
         let wait = keeper.ask_for_what_is_due();
         tokio::select! {
-            Some(ended) = keeper.tasks.join_next(), if !keeper.tasks.is_empty() => match ended {
-                Ok((took, all)) => all.into_iter().for_each(|(key, outcome)| keeper.settle(key, took, outcome)),
-                Err(fault) => keeper.ask_again(&fault),
-            },
+            Some(ended) = keeper.tasks.join_next_with_id(), if !keeper.tasks.is_empty() => {
+                match ended {
+                    Ok((task, (took, all))) => {
+                        keeper.under_way.remove(&task);
+                        all.into_iter().for_each(|(key, outcome)| keeper.settle(key, took, outcome));
+                    }
+                    Err(fault) => keeper.ask_again(&fault),
+                }
+            }
             Some(id) = wanted.recv() => {
                 keeper.begin(Some(id));
                 while let Ok(id) = wanted.try_recv() {
@@ -129,12 +135,14 @@ struct Keeper {
     agent: Arc<Agent>,
     /// None is the agent's own identity, as long as nobody knows it.
     entries: HashMap<Key, Entry>,
-    /// What was due when it was last looked for, and has to wait for room.
-    line: VecDeque<Key>,
+    /// What was due when it was last looked for, and has to wait for room: what is asked for alone,
+    alone: VecDeque<Key>,
+    /// and what one token speaks for, so that one call asks for several.
+    together: VecDeque<Key>,
     /// Each for one identity, or for several at once; and how long that took.
     tasks: JoinSet<(Duration, Vec<(Key, Outcome)>)>,
-    /// The identities that they are for.
-    under_way: usize,
+    /// For how many.
+    under_way: HashMap<task::Id, usize>,
     window: Window,
     /// The roots that all that is held was judged by.
     judged: Option<TrustBundle>,
@@ -162,69 +170,74 @@ impl Keeper {
         let mut wait = LOOK;
         let mut has_looked = false;
         loop {
-            if self.line.is_empty() && !has_looked {
+            let is_empty = self.alone.is_empty() && self.together.is_empty();
+            if is_empty && !has_looked {
                 wait = self.line_up();
                 has_looked = true;
             }
             // Whatever ends makes room, and wakes the loop.
-            let room = self.window.size().saturating_sub(self.under_way);
+            let room = self.window.size().saturating_sub(self.under_way.values().sum());
             let next = self.next(room);
-            if next.is_empty() {
+            if !next.is_empty() {
+                self.ask(next);
+            } else if has_looked || !is_empty {
                 return wait;
             }
-            self.ask(next);
         }
     }
 
-    /// The first in the line; or the first few, if one token speaks for them, half of the window at most: while the
-    /// authority works on these, the next are made ready. If more wait than there is room for, they wait until half of it
-    /// is free, or there would never be room for more than one.
+    /// One that is asked for alone, or several of the others, half of the window at most: while the authority works on
+    /// these, the next are made ready. If more wait than there is room for, they wait until half of it is free, or there
+    /// would never be room for more than one.
     fn next(&mut self, room: usize) -> Vec<Asked> {
-        let half = self.window.size() / 2;
-        let mut together = Vec::new();
-        while together.len() < room.min(half)
-            && let Some(key) = self.line.front()
+        while room > 0
+            && let Some(key) = self.alone.pop_front()
         {
-            let is_one_of_several = self.is_for_several(key);
-            let goes_with_what_is_taken = match (is_one_of_several, together.is_empty()) {
-                (true, true) => room >= half || self.line.len() <= room,
-                (true, false) => true,
-                (false, is_first) => is_first,
-            };
-            if !goes_with_what_is_taken {
-                break;
-            }
-            let key = self.line.pop_front().flatten();
-            together.extend(self.asked(key));
-            if !is_one_of_several && !together.is_empty() {
-                break;
+            if let Some(asked) = self.asked(key) {
+                return vec![asked];
             }
         }
-        together
+        let half = self.window.size() / 2;
+        let mut several = Vec::new();
+        if room < half && self.together.len() > room {
+            return several;
+        }
+        while several.len() < room.min(half)
+            && let Some(key) = self.together.pop_front()
+        {
+            several.extend(self.asked(key));
+        }
+        several
     }
 
-    /// Whether one token speaks for this identity and others.
-    fn is_for_several(&self, key: &Key) -> bool {
+    /// Whether one token speaks for this identity and others. What has failed may hold up others, and is asked for alone.
+    fn is_for_several(&self, key: &Key, entry: &Entry) -> bool {
         let Some(wish) = key.as_ref().map(|id| self.agent.wish(id)) else { return false };
-        wish.impersonated && wish.credentials.token.is_some() && self.agent.asker.may_ask_for_several()
+        entry.failures == 0
+            && wish.impersonated
+            && wish.credentials.token.is_some()
+            && self.agent.asker.may_ask_for_several()
     }
 
-    /// Puts what is due into the line, the longest due first, and says how long nothing else is.
+    /// Puts what is due into its line, the longest due first, and says how long nothing else is.
     fn line_up(&mut self) -> Duration {
         let now = clock::both();
         let mut wait = LOOK;
-        let mut due: Vec<(Due, &Key)> = Vec::new();
+        let mut due: Vec<(Due, &Key, &Entry)> = Vec::new();
         for (key, entry) in self.entries.iter().filter(|(_, entry)| entry.asked.is_none()) {
             match entry.left(now) {
-                Duration::ZERO => due.push((entry.due, key)),
+                Duration::ZERO => due.push((entry.due, key, entry)),
                 left => wait = wait.min(left),
             }
             if entry.failures > 0 {
                 wait = wait.min(LOOK_AT_FILES);
             }
         }
-        due.sort_unstable();
-        self.line = due.into_iter().map(|(_, key)| key.clone()).collect();
+        due.sort_unstable_by_key(|(due, key, _)| (*due, *key));
+        let (together, alone): (Vec<_>, Vec<_>) =
+            due.into_iter().partition(|(_, key, entry)| self.is_for_several(key, entry));
+        [self.together, self.alone] =
+            [together, alone].map(|line| line.into_iter().map(|(_, key, _)| key.clone()).collect());
         wait
     }
 
@@ -257,7 +270,7 @@ impl Keeper {
             let outcomes = obtain(&agent, all).await;
             (begun.elapsed(), outcomes)
         });
-        self.under_way += keys.len();
+        self.under_way.insert(task.id(), keys.len());
         for key in keys {
             if let Some(entry) = self.entries.get_mut(&key) {
                 entry.asked = Some(task.id());
@@ -268,9 +281,9 @@ impl Keeper {
     /// A request that a fault of ours ended is a failure as any other: its identity is not forgotten.
     fn ask_again(&mut self, fault: &task::JoinError) {
         tracing::error!(%fault, "a request ended by itself");
+        self.under_way.remove(&fault.id());
         for entry in self.entries.values_mut().filter(|entry| entry.asked == Some(fault.id())) {
             self.agent.metrics.failed("fault");
-            self.under_way -= 1;
             entry.asked = None;
             entry.failures = entry.failures.saturating_add(1);
             entry.due = Due::after(retry_after(entry.failures, None, draw()), clock::both());
@@ -282,7 +295,6 @@ impl Keeper {
             Ok(_) => self.window.answered(took),
             Err(_) => self.window.failed(),
         }
-        self.under_way -= 1;
         let now = clock::both();
         let Some(mut entry) = self.entries.remove(&key) else { return };
         entry.asked = None;
@@ -407,13 +419,7 @@ fn begun(tracer: &Tracer, why: &'static str) -> Span {
 /// Asks for one identity, or for several at once.
 async fn obtain(agent: &Agent, all: Vec<Asked>) -> Vec<(Key, Outcome)> {
     let begun = Instant::now();
-    let before = agent.held.bundles().borrow().clone();
-    let roots = before.as_deref().and_then(Bundles::roots);
-    let outcomes = timeout(ANSWER, certificates(agent, &all, roots)).await.unwrap_or_else(|_| {
-        let slow = client::Error::Slow { address: agent.asker.address(), what: "answer", within: ANSWER };
-        let slow = Arc::new(Error::Client(slow));
-        all.iter().map(|_| Err(slow.clone())).collect()
-    });
+    let outcomes = certificates(agent, &all).await;
     let settled = all.into_iter().zip(outcomes).map(|(Asked { key, mut span, .. }, outcome)| {
         agent.metrics.asked(begun.elapsed());
         let outcome = outcome.and_then(|got| accepted(agent, got).map_err(Arc::new));
@@ -426,10 +432,15 @@ async fn obtain(agent: &Agent, all: Vec<Asked>) -> Vec<(Key, Outcome)> {
     settled.collect()
 }
 
-async fn certificates(agent: &Agent, all: &[Asked], roots: Option<&TrustBundle>) -> Vec<Outcome> {
+async fn certificates(agent: &Agent, all: &[Asked]) -> Vec<Outcome> {
+    let asker = &agent.asker;
+    let bundles = agent.held.bundles().borrow().clone();
+    let roots = bundles.as_deref().and_then(Bundles::roots);
+    let slow =
+        || Error::Client(client::Error::Slow { address: asker.address(), what: "answer", within: ANSWER });
     if all.len() > 1 {
         let wishes: Vec<_> = all.iter().map(|asked| (&asked.wish, &asked.span)).collect();
-        match agent.asker.certificates(&wishes, roots).await {
+        match timeout(ANSWER, asker.certificates(&wishes, roots)).await.unwrap_or_else(|_| Err(slow())) {
             Ok(Some(outcomes)) => return outcomes.into_iter().map(|one| one.map_err(Arc::new)).collect(),
             Ok(None) => {}
             Err(error) => {
@@ -440,7 +451,8 @@ async fn certificates(agent: &Agent, all: &[Asked], roots: Option<&TrustBundle>)
     }
     let mut outcomes = Vec::with_capacity(all.len());
     for Asked { wish, held, span, .. } in all {
-        let outcome = agent.asker.certificate(wish, held.as_deref(), roots, span).await;
+        let asked = asker.certificate(wish, held.as_deref(), roots, span);
+        let outcome = timeout(ANSWER, asked).await.unwrap_or_else(|_| Err(slow()));
         outcomes.push(outcome.map_err(Arc::new));
     }
     outcomes

@@ -44,6 +44,10 @@ use dial::Dial;
 
 /// A server that takes longer to answer is not waited for. Mica itself gives up a little earlier.
 const ANSWER: Duration = Duration::from_secs(35);
+/// The library's own limit.
+const LARGEST_ANSWER: usize = 4 * 1024 * 1024;
+/// What a server says is shown so far.
+const LONGEST_SENTENCE: usize = 1_024;
 /// Of error details.
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
 /// Bound tokens of Kubernetes have about a thousand bytes; Mica's port takes headers up to 16 KiB.
@@ -409,8 +413,10 @@ impl Client {
             traceparent: wanted.trace.map(|trace| trace.traceparent()).unwrap_or_default(),
         });
         let message = CreateCertificatesRequest { requests: requests.collect() };
-        let answer =
-            AgentServiceClient::new(self.channel()).create_certificates(self.request(message)?).await;
+        // As much for each as for one that is asked for alone.
+        let mut service = AgentServiceClient::new(self.channel())
+            .max_decoding_message_size(wanted.len().saturating_mul(LARGEST_ANSWER));
+        let answer = service.create_certificates(self.request(message)?).await;
         let answers = answer.map_err(|status| self.fault(&status))?.into_inner().answers;
         if answers.len() != wanted.len() {
             let (asked, answered) = (wanted.len(), answers.len());
@@ -421,7 +427,8 @@ impl Client {
             Some(Answer::Granted(granted)) => Ok(granted.cert_chain),
             Some(Answer::Refused(refused)) => {
                 let (code, details) = (refused.code.into(), refused.encode_to_vec());
-                Err(self.fault(&Status::with_details(code, refused.message, details.into())))
+                let sentence = &refused.message[..refused.message.floor_char_boundary(LONGEST_SENTENCE)];
+                Err(self.fault(&Status::with_details(code, sentence, details.into())))
             }
             None => Err(self.protocol("one of several answers is empty".to_owned())),
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 /// As many as the proxies of a node have.
 const FIRST: usize = 8;
 /// From here on, one more at once makes none of them cheaper.
-const MOST: usize = 32;
+pub const MOST: usize = 32;
 /// An authority whose answers take longer has others waiting.
 const PROMPT: Duration = Duration::from_millis(100);
 

@@ -16,14 +16,14 @@ use prometheus_client::registry::Registry;
 use prost_types::Timestamp;
 use time::OffsetDateTime;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_stream::Stream;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Request, Response, Status};
 
 use super::codes::{refused, status};
 use super::holders::{Count, Holder, Holders, Reporter};
-use super::istio::{CREATE_CERTIFICATES, answer, ask, peer};
+use super::istio::{self, answer, ask, peer};
 use super::requests::{JwtAsk, Requests};
 use crate::auth::{Evidence, Peer};
 use crate::authority::{Bundles, Grant};
@@ -31,16 +31,21 @@ use crate::core::caller::Caller;
 use crate::core::published::Published;
 use crate::core::refusal::{Code, Reason, Refusal};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain, shortened};
+use crate::core::window;
 use crate::proto::mica::v1::agent_service_server::AgentService;
 use crate::proto::mica::v1::certificate_answer::Answer;
 use crate::proto::mica::v1::{self as api};
 
+/// The path of the method that answers with many certificates.
+pub(super) const CREATE_CERTIFICATES: &str = "/mica.v1.AgentService/CreateCertificates";
 /// The path of the method that is listened to for ever.
 pub(super) const WATCH_BUNDLES: &str = "/mica.v1.AgentService/WatchBundles";
 /// Certificates in one call.
-const MOST_AT_ONCE: usize = 16;
-/// Those that were not begun by then are refused, so that the others are answered in time.
-const LAST_BEGINS: Duration = Duration::from_secs(10);
+pub(super) const MOST_AT_ONCE: usize = 16;
+/// An agent's calls are half of its window.
+const _: () = assert!(window::MOST / 2 <= MOST_AT_ONCE);
+/// Those that were not granted by then are refused, so that the others are answered before the connection's patience ends.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Whether those who listen may still do so is asked again this often.
 const LOOK: Duration = Duration::from_secs(60);
 /// So many listen at once as one account, from one place.
@@ -132,17 +137,22 @@ pub(super) struct Agent {
 
 impl Agent {
     /// One of several requests, which may be a part of a trace of its own.
-    async fn grant(&self, one: api::CertificateRequest, evidence: &Evidence<'_>) -> Result<Grant, Refusal> {
+    async fn grant(
+        &self,
+        caller: &mut Option<Caller>,
+        one: api::CertificateRequest,
+        evidence: &Evidence<'_>,
+    ) -> Result<Grant, Refusal> {
         let asked = one.request.unwrap_or_default();
-        let ask = ask(CREATE_CERTIFICATES, &asked);
+        let ask = ask(istio::CREATE_CERTIFICATES, &asked);
         let requests = &self.agents.requests;
         let traceparent: Option<AsciiMetadataValue> = one.traceparent.parse().ok();
         let Some(traceparent) = traceparent.filter(|text| !text.is_empty()) else {
-            return requests.grant(&ask, evidence).await;
+            return requests.grant_to(caller, &ask, evidence).await;
         };
         let mut metadata = evidence.metadata.clone();
         metadata.insert("traceparent", traceparent);
-        requests.grant(&ask, &Evidence { peer: evidence.peer, metadata: &metadata }).await
+        requests.grant_to(caller, &ask, &Evidence { peer: evidence.peer, metadata: &metadata }).await
     }
 }
 
@@ -158,30 +168,39 @@ impl AgentService for Agent {
         let (metadata, extensions, asked) = request.into_parts();
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
         let requests = &self.agents.requests;
-        let refuse = |refusal: &Refusal| {
-            requests.answered(CREATE_CERTIFICATES, None, Some(refusal), begun, evidence.peer.source, None);
+        let refuse = |caller: Option<&Caller>, refusal: &Refusal| {
+            requests.answered(
+                istio::CREATE_CERTIFICATES,
+                caller,
+                Some(refusal),
+                begun,
+                evidence.peer.source,
+                None,
+            );
         };
         let count = asked.requests.len();
         if count > MOST_AT_ONCE {
             let sentence =
                 format!("the call has {count} requests, and at most {MOST_AT_ONCE} are taken at once");
             let refusal = Refusal::new(Reason::CsrMalformed, sentence);
-            refuse(&refusal);
+            refuse(None, &refusal);
             return Err(status(&refusal));
         }
         let mut answers = Vec::with_capacity(count);
         // One after the other: whoever asks for many at once has one place in the queue, as all others have.
         for one in asked.requests {
-            let granted = if begun.elapsed() < LAST_BEGINS {
-                self.grant(one, &evidence).await
-            } else {
-                let refusal =
-                    Refusal::new(Reason::QueueFull, "too many requests wait; try again with this one");
-                refuse(&refusal);
+            let mut caller = None;
+            let granted = timeout_at(begun + PATIENCE, self.grant(&mut caller, one, &evidence)).await;
+            let granted = granted.unwrap_or_else(|_| {
+                let sentence = "this request and those before it took too long; try again with this one";
+                let refusal = Refusal::new(Reason::QueueFull, sentence);
+                refuse(caller.as_ref(), &refusal);
                 Err(refusal)
-            };
+            });
             let answer = match granted {
                 Ok(grant) => Answer::Granted(answer(&grant)),
+                // The others come with the same credential.
+                Err(refusal) if caller.is_none() && answers.is_empty() => return Err(status(&refusal)),
                 Err(refusal) => Answer::Refused(refused(&refusal)),
             };
             answers.push(api::CertificateAnswer { answer: Some(answer) });

@@ -64,6 +64,11 @@ impl Crowd {
         Self::of(CALM, MOST)
     }
 
+    /// Of those who are answered with so many times as much.
+    pub(super) fn of_large(times: usize) -> Self {
+        Self::of(CALM / times, MOST / times)
+    }
+
     fn of(calm: usize, most: usize) -> Self {
         Self(Arc::new(Counted { open: AtomicUsize::new(0), calm, places: Places::new(most) }))
     }
@@ -162,8 +167,8 @@ pub(super) struct Terms {
     within: Option<Duration>,
     crowd: Crowd,
     counted: Option<(Arc<Requests>, &'static str)>,
-    /// A method that may be listened to for ever, in a crowd of its own.
-    watched: Option<(&'static str, Crowd)>,
+    /// Methods that have a crowd, and a time, of their own.
+    apart: Vec<(&'static str, Option<Duration>, Crowd)>,
 }
 
 impl Terms {
@@ -173,12 +178,13 @@ impl Terms {
 
     /// Of requests that may be listened to for ever.
     pub(super) fn endless(crowd: &Crowd) -> Self {
-        Self { within: None, crowd: crowd.clone(), counted: None, watched: None }
+        Self { within: None, crowd: crowd.clone(), counted: None, apart: Vec::new() }
     }
 
-    /// Of a service one of whose methods may be listened to for ever: those who do take no room from those who ask.
-    pub(super) fn watched(self, path: &'static str, crowd: &Crowd) -> Self {
-        Self { watched: Some((path, crowd.clone())), ..self }
+    /// Of a service one of whose methods takes no room from the others, and has this time.
+    pub(super) fn apart(mut self, path: &'static str, within: Option<Duration>, crowd: Crowd) -> Self {
+        self.apart.push((path, within, crowd));
+        self
     }
 
     /// Of a service that has one method, which asks for certificates: what never gets there counts too.
@@ -194,8 +200,8 @@ impl Gate for Terms {
         // Set by the listener, for every connection.
         let Some(super::Connected { peer, unanswered }) = request.extensions().get() else { return Ok(None) };
         let (source, begun) = (peer.source, Instant::now());
-        let watched = self.watched.as_ref().filter(|(path, _)| request.uri().path() == *path);
-        let (crowd, within) = watched.map_or((&self.crowd, self.within), |(_, crowd)| (crowd, None));
+        let apart = self.apart.iter().find(|(path, ..)| request.uri().path() == *path);
+        let (crowd, within) = apart.map_or((&self.crowd, self.within), |(_, within, crowd)| (crowd, *within));
         let counted = self.counted.clone();
         let unread = counted.map(|(requests, method)| Unread { requests, method, source, begun });
         match crowd.room(source) {

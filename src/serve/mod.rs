@@ -95,7 +95,7 @@ pub async fn serve(
     let istio = istio::Istio { requests: requests.clone() };
     let (alive, stopped) = watch::channel(());
     let agent = agent::Agent { agents, stopped };
-    let (crowd, followers) = (Crowd::new(), Crowd::new());
+    let crowd = Crowd::new();
     let (asked, looked_up) = (Terms::new(bounds::ANSWERED, &crowd), Terms::new(REFLECTION, &crowd));
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
@@ -122,9 +122,17 @@ pub async fn serve(
                 IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             )))
             .add_service(GrpcOnly(
-                asked.clone().watched(agent::WATCH_BUNDLES, &followers).before(
-                    AgentServiceServer::new(agent).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-                ),
+                asked
+                    .clone()
+                    .apart(agent::WATCH_BUNDLES, None, Crowd::new())
+                    .apart(
+                        agent::CREATE_CERTIFICATES,
+                        Some(bounds::ANSWERED),
+                        Crowd::of_large(agent::MOST_AT_ONCE),
+                    )
+                    .before(
+                        AgentServiceServer::new(agent).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+                    ),
             ))
             .add_service(GrpcOnly(
                 asked.clone().counted(&requests, istio::CREATE_CERTIFICATE).before(

@@ -135,11 +135,20 @@ impl Requests {
     /// Issues what is asked for, or says why not. Each request is one span with one for each phase below it, one line in the
     /// log, and one more in the metrics.
     pub async fn grant(&self, ask: &Ask<'_>, evidence: &Evidence<'_>) -> Result<Grant, Refusal> {
+        self.grant_to(&mut None, ask, evidence).await
+    }
+
+    /// The same, and tells who asks as soon as that is proved.
+    pub(super) async fn grant_to(
+        &self,
+        caller: &mut Option<Caller>,
+        ask: &Ask<'_>,
+        evidence: &Evidence<'_>,
+    ) -> Result<Grant, Refusal> {
         let begun = Instant::now();
         let (mut told, trace) = self.span(ask.method, evidence);
         let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace = trace.map(display));
-        let mut caller = None;
-        let work = self.try_grant(ask, evidence, &mut caller, &mut told, trace).instrument(span);
+        let work = self.try_grant(ask, evidence, caller, &mut told, trace).instrument(span);
         let granted =
             self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
         let refusal = granted.as_ref().err();
@@ -567,133 +576,4 @@ fn unusable_issuer(fault: authority::Error) -> Refusal {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "the test changes the policy's file")]
-mod tests {
-    use std::fs;
-    use std::net::Ipv4Addr;
-    use std::path::PathBuf;
-
-    use prometheus_client::registry::Registry;
-    use tonic::metadata::MetadataMap;
-
-    use super::*;
-    use crate::auth::{Answer, Peer};
-    use crate::core::bundle::TrustBundle;
-    use crate::core::caller::Bound;
-    use crate::core::certificate::Certificate;
-    use crate::core::issuer::Issuer;
-    use crate::core::key::KeyKind;
-    use crate::core::pem;
-    use crate::core::policy::Limits;
-    use crate::sys::keys;
-
-    /// A cluster in which everybody lives on one node, and whose answer about it takes so long that policy has changed.
-    struct Slow {
-        policy: Arc<LivingPolicy>,
-        file: PathBuf,
-    }
-
-    fn ready<'a, T: Send + 'a>(value: T) -> Answer<'a, T> {
-        Box::pin(std::future::ready(value))
-    }
-
-    fn here() -> Object {
-        Object { name: "here".to_owned(), uid: "1".to_owned() }
-    }
-
-    impl Authenticator for Arc<Slow> {
-        fn applies(&self, _: &Evidence<'_>) -> bool {
-            true
-        }
-
-        fn judge<'a>(
-            &'a self,
-            _: &'a Evidence<'_>,
-            _: OffsetDateTime,
-        ) -> Answer<'a, Result<Caller, Refusal>> {
-            let bound = Bound { account_uid: None, pod: Some(here()), node: Some(here()) };
-            let proof = Proof::Token { reviewed: false, bound: Arc::new(bound) };
-            ready(Ok(Caller { account: ServiceAccount::new("mesh", "proxy").unwrap(), proof }))
-        }
-    }
-
-    impl Liveness for Slow {
-        fn account<'a>(&'a self, _: &'a ServiceAccount, _: Option<&'a str>) -> Answer<'a, Life> {
-            ready(Life::Alive)
-        }
-
-        fn pod<'a>(&'a self, _: &'a str, _: &'a Object) -> Answer<'a, Life> {
-            ready(Life::Alive)
-        }
-    }
-
-    impl Nodes for Slow {
-        fn runs<'a>(&'a self, _: &'a Object, _: &'a ServiceAccount) -> Answer<'a, Result<bool, String>> {
-            ready(Ok(true))
-        }
-
-        fn node_of<'a>(
-            &'a self,
-            _: &'a ServiceAccount,
-            _: &'a Object,
-        ) -> Answer<'a, Result<Option<Object>, String>> {
-            Box::pin(async {
-                let mut changes = self.policy.changes();
-                fs::write(&self.file, "impersonators: [mesh/proxy]\naccounts: {shop/web: {deny: true}}\n")
-                    .unwrap();
-                changes.changed().await.unwrap();
-                Ok(Some(here()))
-            })
-        }
-    }
-
-    fn authority() -> Arc<Authority> {
-        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
-        let (organization, trust_domain) = ("Example".parse().unwrap(), "cluster.local".parse().unwrap());
-        let profile = Profile::Root { organization: &organization, trust_domain: &trust_domain };
-        let serial = keys::serial_number().unwrap();
-        let root = issuer::root(&key, &profile, "1d".parse().unwrap(), clock::now(), serial).unwrap();
-        let root = Certificate::from_der(root.der()).unwrap();
-        let bundle = TrustBundle::new([root.clone()]).unwrap();
-        let issuer = Issuer::new(Arc::new(key), &[root], bundle, &trust_domain).unwrap();
-        Arc::new(Authority::new(trust_domain, issuer))
-    }
-
-    #[tokio::test]
-    async fn a_policy_that_changes_while_the_cluster_is_asked_counts() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("policy.yaml");
-        fs::write(&file, "impersonators: [mesh/proxy]\n").unwrap();
-        let hour = "1h".parse().unwrap();
-        let limits = Limits { lifetime: hour, longest: hour, own_names: Vec::new() };
-        let policy = Arc::new(LivingPolicy::open(Some(&file), limits).unwrap());
-        let slow = Arc::new(Slow { policy: policy.clone(), file });
-        let requests = Requests::new(
-            authority(),
-            vec![Box::new(slow.clone())],
-            slow.clone(),
-            Some(slow),
-            policy.clone(),
-            Queue::new(1, 10),
-            Metrics::register(&mut Registry::default()),
-        );
-        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
-        let csr = pem::encode(pem::CSR, &crate::core::csr::nameless(&key).unwrap());
-        let impersonated = Some("spiffe://cluster.local/ns/shop/sa/web".to_owned());
-        let ask = Ask {
-            method: "CreateCertificate",
-            csr: Some(csr.as_bytes()),
-            lifetime: None,
-            wishes: Ok(Wishes { impersonated, exact: false }),
-            names_itself: false,
-        };
-        let peer = Peer::new(Ipv4Addr::LOCALHOST.into(), Vec::new());
-        let metadata = MetadataMap::new();
-        let evidence = Evidence { peer: &peer, metadata: &metadata };
-        let granted = tokio::select! {
-            () = policy.follow() => unreachable!("it is followed for ever"),
-            granted = requests.grant(&ask, &evidence) => granted,
-        };
-        assert_eq!(granted.unwrap_err().reason, Reason::IdentityDenied);
-    }
-}
+mod tests;

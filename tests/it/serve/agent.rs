@@ -10,6 +10,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use mica::core::certificate::Certificate;
+use mica::core::csr::CheckedCsr;
 use mica::core::published::Published;
 use mica::proto::mica::v1::agent_service_client::AgentServiceClient;
 use mica::proto::mica::v1::certificate_answer::Answer;
@@ -103,14 +104,16 @@ async fn several_certificates_in_one_call_are_each_granted_or_refused_by_themsel
     let (place, mica) = start(&["--log-format", "json"]);
     let mut client = as_web(&mica, &place).await;
     let alone = |csr: &str| CertificateRequest { request: Some(ask(csr.to_owned())), ..Default::default() };
-    let good = alone(&csr("spiffe://cluster.local/ns/some/sa/body"));
+    let [first, last] = [(); 2].map(|()| csr("spiffe://cluster.local/ns/some/sa/body"));
+    let key = |csr: &str| CheckedCsr::from_pem(csr.as_bytes()).unwrap().key().spki().to_vec();
+    let good = alone(&first);
     let mut other = good.clone();
     let wanted = prost_types::value::Kind::StringValue("spiffe://cluster.local/ns/shop/sa/db".to_owned());
     let fields = [("ImpersonatedIdentity".to_owned(), prost_types::Value { kind: Some(wanted) })].into();
     other.request.as_mut().unwrap().metadata = Some(prost_types::Struct { fields });
     let traced = CertificateRequest {
         traceparent: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned(),
-        ..good.clone()
+        ..alone(&last)
     };
     let asked = [&good, &alone("no CSR"), &other, &CertificateRequest::default(), &traced];
     let requests = CreateCertificatesRequest { requests: asked.into_iter().cloned().collect() };
@@ -120,16 +123,18 @@ async fn several_certificates_in_one_call_are_each_granted_or_refused_by_themsel
         .map(|one| match one.answer.unwrap() {
             Answer::Granted(granted) => {
                 let leaf = Certificate::all_from_pem(granted.cert_chain[0].as_bytes()).unwrap().remove(0);
-                assert_eq!(granted.cert_chain.len(), 2);
-                leaf.uris[0].clone()
+                assert_eq!((granted.cert_chain.len(), leaf.uris[0].as_str()), (2, WEB));
+                Ok(leaf.spki)
             }
             Answer::Refused(refused) => {
                 let details = refused.encode_to_vec().into();
-                reason(&Status::with_details(refused.code.into(), refused.message, details))
+                Err(reason(&Status::with_details(refused.code.into(), refused.message, details)))
             }
         })
         .collect();
-    assert_eq!(told, [WEB, "CSR_MALFORMED", "IMPERSONATOR_UNKNOWN", "CSR_MALFORMED", WEB]);
+    let malformed = || Err("CSR_MALFORMED".to_owned());
+    let denied = Err("IMPERSONATOR_UNKNOWN".to_owned());
+    assert_eq!(told, [Ok(key(&first)), malformed(), denied, malformed(), Ok(key(&last))]);
     // Each has its line, and its place in the numbers.
     let log = mica.log();
     assert_eq!(log.matches("request refused").count(), 3, "{log}");
@@ -148,9 +153,11 @@ async fn several_certificates_in_one_call_are_each_granted_or_refused_by_themsel
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::InvalidArgument, "CSR_MALFORMED"));
 
     let mut nobody = AgentServiceClient::new(connect(&mica, &place, None).await);
-    let requests = CreateCertificatesRequest { requests: vec![good] };
-    let answer = nobody.create_certificates(requests).await.unwrap().into_inner().answers.remove(0);
-    assert!(matches!(answer.answer, Some(Answer::Refused(refused)) if refused.code == 16));
+    let before = mica.log().matches("NO_CREDENTIAL").count();
+    let requests = CreateCertificatesRequest { requests: vec![good; 16] };
+    let refused = nobody.create_certificates(requests).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).as_str()), (Code::Unauthenticated, "NO_CREDENTIAL"));
+    assert_eq!(mica.log().matches("NO_CREDENTIAL").count(), before + 1, "nobody is looked at sixteen times");
     mica.stop();
 }
 
