@@ -170,8 +170,7 @@ impl Keeper {
         let mut wait = LOOK;
         let mut has_looked = false;
         loop {
-            let is_empty = self.alone.is_empty() && self.together.is_empty();
-            if is_empty && !has_looked {
+            if self.nothing_waits() && !has_looked {
                 wait = self.line_up();
                 has_looked = true;
             }
@@ -180,10 +179,14 @@ impl Keeper {
             let next = self.next(room);
             if !next.is_empty() {
                 self.ask(next);
-            } else if has_looked || !is_empty {
+            } else if has_looked || !self.nothing_waits() {
                 return wait;
             }
         }
+    }
+
+    fn nothing_waits(&self) -> bool {
+        self.alone.is_empty() && self.together.is_empty()
     }
 
     /// One that is asked for alone, or several of the others, half of the window at most: while the authority works on
