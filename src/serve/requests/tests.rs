@@ -109,24 +109,31 @@ impl Nodes for Silent {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn one_of_several_that_takes_too_long_leaves_what_was_granted() {
-    let folder = tempfile::tempdir().unwrap();
+fn slow(folder: &tempfile::TempDir) -> Arc<Slow> {
     let file = folder.path().join("policy.yaml");
     fs::write(&file, "impersonators: [mesh/proxy]\n").unwrap();
     let hour = "1h".parse().unwrap();
     let limits = Limits { lifetime: hour, longest: hour, own_names: Vec::new() };
-    let policy = Arc::new(LivingPolicy::open(Some(&file), limits).unwrap());
-    let slow = Arc::new(Slow { policy: policy.clone(), file });
-    let requests = Requests::new(
+    Arc::new(Slow { policy: Arc::new(LivingPolicy::open(Some(&file), limits).unwrap()), file })
+}
+
+/// The proxy's, in one of these clusters.
+fn requests(nodes: Arc<dyn Nodes>, slow: &Arc<Slow>) -> Requests {
+    Requests::new(
         authority(),
         vec![Box::new(slow.clone())],
         slow.clone(),
-        Some(Arc::new(Silent)),
-        policy,
+        Some(nodes),
+        slow.policy.clone(),
         Queue::new(1, 10),
         Metrics::register(&mut Registry::default()),
-    );
+    )
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_of_several_that_takes_too_long_leaves_what_was_granted() {
+    let folder = tempfile::tempdir().unwrap();
+    let requests = requests(Arc::new(Silent), &slow(&folder));
     let (_alive, stopped) = tokio::sync::watch::channel(());
     let service = Agent { agents: Agents::new(Arc::new(requests)), stopped };
     let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
@@ -157,21 +164,8 @@ async fn one_of_several_that_takes_too_long_leaves_what_was_granted() {
 #[tokio::test]
 async fn a_policy_that_changes_while_the_cluster_is_asked_counts() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("policy.yaml");
-    fs::write(&file, "impersonators: [mesh/proxy]\n").unwrap();
-    let hour = "1h".parse().unwrap();
-    let limits = Limits { lifetime: hour, longest: hour, own_names: Vec::new() };
-    let policy = Arc::new(LivingPolicy::open(Some(&file), limits).unwrap());
-    let slow = Arc::new(Slow { policy: policy.clone(), file });
-    let requests = Requests::new(
-        authority(),
-        vec![Box::new(slow.clone())],
-        slow.clone(),
-        Some(slow),
-        policy.clone(),
-        Queue::new(1, 10),
-        Metrics::register(&mut Registry::default()),
-    );
+    let slow = slow(&folder);
+    let (requests, policy) = (requests(slow.clone(), &slow), &slow.policy);
     let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
     let csr = pem::encode(pem::CSR, &crate::core::csr::nameless(&key).unwrap());
     let impersonated = Some("spiffe://cluster.local/ns/shop/sa/web".to_owned());
