@@ -23,7 +23,7 @@ use tonic::{Request, Response, Status};
 
 use super::codes::{refused, status};
 use super::holders::{Count, Holder, Holders, Reporter};
-use super::istio::{self, answer, ask, peer};
+use super::istio::{CREATE_CERTIFICATES, answer, ask, peer};
 use super::requests::{JwtAsk, Requests};
 use crate::auth::{Evidence, Peer};
 use crate::authority::{Bundles, Grant};
@@ -37,9 +37,9 @@ use crate::proto::mica::v1::certificate_answer::Answer;
 use crate::proto::mica::v1::{self as api};
 
 /// The path of the method that answers with many certificates.
-pub(super) const CREATE_CERTIFICATES: &str = "/mica.v1.AgentService/CreateCertificates";
+pub(super) const CREATE_CERTIFICATES_PATH: &str = "/mica.v1.AgentService/CreateCertificates";
 /// The path of the method that is listened to for ever.
-pub(super) const WATCH_BUNDLES: &str = "/mica.v1.AgentService/WatchBundles";
+pub(super) const WATCH_BUNDLES_PATH: &str = "/mica.v1.AgentService/WatchBundles";
 /// Certificates in one call.
 pub(super) const MOST_AT_ONCE: usize = 16;
 /// An agent's calls are half of its window.
@@ -144,7 +144,7 @@ impl Agent {
         evidence: &Evidence<'_>,
     ) -> Result<Grant, Refusal> {
         let asked = one.request.unwrap_or_default();
-        let ask = ask(istio::CREATE_CERTIFICATES, &asked);
+        let ask = ask(CREATE_CERTIFICATES, &asked);
         let requests = &self.agents.requests;
         let traceparent: Option<AsciiMetadataValue> = one.traceparent.parse().ok();
         let Some(traceparent) = traceparent.filter(|text| !text.is_empty()) else {
@@ -169,14 +169,7 @@ impl AgentService for Agent {
         let evidence = Evidence { peer: peer(&extensions)?, metadata: &metadata };
         let requests = &self.agents.requests;
         let refuse = |caller: Option<&Caller>, refusal: &Refusal| {
-            requests.answered(
-                istio::CREATE_CERTIFICATES,
-                caller,
-                Some(refusal),
-                begun,
-                evidence.peer.source,
-                None,
-            );
+            requests.answered(CREATE_CERTIFICATES, caller, Some(refusal), begun, evidence.peer.source, None);
         };
         let count = asked.requests.len();
         if count > MOST_AT_ONCE {

@@ -187,7 +187,8 @@ impl Terms {
         self
     }
 
-    /// Of a service that has one method, which asks for certificates: what never gets there counts too.
+    /// Of a service that has one method, which asks for a certificate: what never gets there counts too, and what is written
+    /// to a connection waits for the answer, for it takes no time.
     pub(super) fn counted(self, requests: &Arc<Requests>, method: &'static str) -> Self {
         Self { counted: Some((requests.clone(), method)), ..self }
     }

@@ -124,9 +124,9 @@ pub async fn serve(
             .add_service(GrpcOnly(
                 asked
                     .clone()
-                    .apart(agent::WATCH_BUNDLES, None, Crowd::new())
+                    .apart(agent::WATCH_BUNDLES_PATH, None, Crowd::new())
                     .apart(
-                        agent::CREATE_CERTIFICATES,
+                        agent::CREATE_CERTIFICATES_PATH,
                         Some(bounds::ANSWERED),
                         Crowd::of_large(agent::MOST_AT_ONCE),
                     )
