@@ -349,6 +349,7 @@ impl Place {
             (Plain::WithKeys, "with keys that are made", Vec::new()),
             (Plain::Judged, "with keys that are made and answers that are judged", Vec::new()),
         ];
+        let mut spent = Vec::new();
         for _ in 0..ROUNDS {
             let bare = rows.each_ref().map(|(what, ..)| {
                 self.renew_tokens();
@@ -356,10 +357,12 @@ impl Place {
             });
             self.renew_tokens();
             let obtained = self.obtained();
+            spent.push(ms(obtained));
             for ((.., ratios), bare) in rows.iter_mut().zip(bare) {
                 ratios.push(obtained.as_secs_f64() / bare.as_secs_f64());
             }
         }
+        println!("{MANY} identities from nothing, {how}: {:.0} ms", floor::middle(&mut spent));
         for (_, what, mut ratios) in rows {
             println!(
                 "{MANY} identities from nothing, {how}: {:.2} times {MANY} CSRs {what} ({:.2} to {:.2}; at most 1.1)",
@@ -406,6 +409,31 @@ impl Place {
         }
     }
 
+    /// By the client of `mica bench`, which costs little.
+    fn ready_made(&self) -> Duration {
+        let key = keys::generate(KeyKind::P256).unwrap().signing().unwrap();
+        let csr = pem::encode(pem::CSR, &nameless(&key).unwrap());
+        let wanted = |n| client::Wanted {
+            csr: csr.clone(),
+            impersonated: self.of_node.then(|| self.id(n)),
+            ..client::Wanted::default()
+        };
+        let wanted: Vec<_> = (0..MANY).map(wanted).collect();
+        let tokens: Vec<_> = (0..MANY).map(|n| self.token(n)).collect();
+        let load = client::bench::Load {
+            connections: 1,
+            in_flight: 8,
+            duration: Duration::from_secs(60),
+            requests: MANY as u64,
+            rate: None,
+            new_connections: false,
+        };
+        let begun = Instant::now();
+        let outcome = self.runtime.block_on(client::load(&self.target(), &wanted, &tokens, &load)).unwrap();
+        assert_eq!((outcome.granted, outcome.failures()), (MANY as u64, 0));
+        begun.elapsed()
+    }
+
     /// By a client that does nothing else.
     fn plain(&self, what: Plain) -> Duration {
         let next = Arc::new(AtomicUsize::new(0));
@@ -415,23 +443,18 @@ impl Place {
             let csr = pem::encode(pem::CSR, &nameless(&key.signing().unwrap()).unwrap());
             (key, csr)
         };
-        let ready = matches!(what, Plain::ReadyMade).then(made);
+        if matches!(what, Plain::ReadyMade) {
+            return self.ready_made();
+        }
         let begun = Instant::now();
         self.runtime.block_on(async {
             let client = client::Client::connect(self.target()).await.unwrap();
             let mut lanes = JoinSet::new();
             for _ in 0..8 {
                 let (client, next, all) = (client.clone(), next.clone(), all.clone());
-                let ready = ready.as_ref().map(|(_, csr)| csr.clone());
                 lanes.spawn(async move {
                     while let Some((token, impersonated)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let (key, csr) = match &ready {
-                            Some(csr) => (None, csr.clone()),
-                            None => {
-                                let (key, csr) = made();
-                                (Some(key), csr)
-                            }
-                        };
+                        let (key, csr) = made();
                         let wanted = client::Wanted {
                             csr,
                             impersonated: impersonated.clone(),
@@ -439,7 +462,7 @@ impl Place {
                         };
                         let client = client.showing(client::Credential::Token(token.clone()));
                         let answer = client.create_certificate(&wanted).await.unwrap();
-                        if let (Some(key), Plain::Judged) = (key, what) {
+                        if matches!(what, Plain::Judged) {
                             Granted::checked(&answer, key.public(), None, None, clock::now()).unwrap();
                         }
                     }

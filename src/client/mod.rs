@@ -17,7 +17,7 @@ use hyper_util::rt::TokioIo;
 use prost::Message as _;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
-use tonic::codegen::http::Uri;
+use tonic::codegen::http::{HeaderValue, Uri};
 use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -305,17 +305,25 @@ pub enum Credential {
     Held(Vec<Certificate>, Arc<PrivateKey>),
 }
 
-/// Puts a load on a running Mica: the same few CSRs again and again.
-pub async fn load(target: &Target, csrs: &[String], load: &bench::Load) -> Result<bench::Outcome, Error> {
+/// Puts a load on a running Mica: the same few requests again and again, with one of these tokens after the other, or else
+/// with what the target has.
+pub async fn load(
+    target: &Target,
+    wanted: &[Wanted],
+    tokens: &[PathBuf],
+    load: &bench::Load,
+) -> Result<bench::Outcome, Error> {
     let dial = Dial::new(target)?;
     let authorization = match &target.credential {
         Credential::Token(path) => Some(bearer(path)?),
         _ => None,
     };
     let authorization = authorization.and_then(|value| value.as_encoded_bytes().try_into().ok());
-    let message = |csr: &String| Wanted { csr: csr.clone(), ..Wanted::default() }.message();
-    let requests: Vec<_> = csrs.iter().map(message).collect();
-    let call = bench::Call::new(&target.address.to_string(), authorization, &requests);
+    let shown = |path: &PathBuf| Ok(HeaderValue::from_bytes(bearer(path)?.as_encoded_bytes()).ok());
+    let shown = tokens.iter().map(shown).collect::<Result<Option<Vec<_>>, Error>>()?;
+    let requests: Vec<_> = wanted.iter().map(Wanted::message).collect();
+    let call = bench::Call::new(&target.address.to_string(), authorization, &requests)
+        .with_authorizations(shown.unwrap_or_default());
     let connect = move || {
         let dial = dial.clone();
         async move { dial.connect().await.map(TokioIo::into_inner).map_err(|fault| fault.to_string()) }

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::{Error, Report, connect};
 use crate::client::bench::{Load, Outcome};
+use crate::client::{self, Wanted};
 use crate::config::cli::Bench;
 use crate::core::csr::nameless;
 use crate::core::inspect::one_line;
@@ -22,8 +23,11 @@ pub(super) fn bench(arguments: &Bench) -> Result<Report, Error> {
     let Bench { connections, in_flight, duration, rate, new_connections, .. } = arguments;
     let (target, _) = connect::target(&arguments.connect)?;
     let signing = || Ok::<_, Error>(keys::generate(KeyKind::P256)?.signing()?);
-    let csr = || Ok(pem::encode(pem::CSR, &nameless(&signing()?)?));
-    let csrs = (0..CSRS).map(|_| csr()).collect::<Result<Vec<_>, Error>>()?;
+    let wanted = || {
+        let csr = pem::encode(pem::CSR, &nameless(&signing()?)?);
+        Ok(Wanted { csr, ..Wanted::default() })
+    };
+    let wanted = (0..CSRS).map(|_| wanted()).collect::<Result<Vec<_>, Error>>()?;
     let floor = floor(&signing()?)?;
     let load = Load {
         connections: usize::from(*connections),
@@ -35,7 +39,7 @@ pub(super) fn bench(arguments: &Bench) -> Result<Report, Error> {
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
-    let outcome = runtime.block_on(crate::client::load(&target, &csrs, &load))?;
+    let outcome = runtime.block_on(client::load(&target, &wanted, &[], &load))?;
     Ok(report(&outcome, floor))
 }
 
