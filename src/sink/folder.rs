@@ -533,39 +533,30 @@ impl FolderSink {
         if locked(&self.root).dir.clone().is_deleted()? {
             self.refresh_root()?;
         }
+        if let Some(namespace) = self.namespace_there(account)? {
+            return Ok(namespace);
+        }
+        // Held from looking to making: of us, only whoever holds it makes or removes the folder.
+        let mut record = locked(&self.record);
         for _ in 0..ATTEMPTS {
-            match self.place(name)? {
-                Place::Open(namespace, stat) => {
-                    if self.made_namespace(name) && !self.shape.folder.is_of(&stat) {
-                        namespace.settle(self.shape.folder)?;
-                    }
-                    return Ok(namespace);
-                }
-                Place::Foreign(why) => {
-                    self.seen(account, None, None, false);
-                    return Err(Error::Foreign { account: account.clone(), why });
-                }
-                Place::Absent => {}
+            if let Some(namespace) = self.namespace_there(account)? {
+                return Ok(namespace);
             }
-            let mut record = locked(&self.record);
             record.add([Line::Namespace(name)])?;
             let root = locked(&self.root).dir.clone();
             match root.make_subdir(name, self.shape.folder) {
                 Ok(()) => {
-                    let dir = root.subdir(name)?;
+                    let dir = Arc::new(root.subdir(name)?);
                     let stat = dir.settle(self.shape.folder)?;
                     let mut state = locked(&self.state);
-                    state.keep_open(name, Arc::new(dir), stat);
+                    state.keep_open(name, dir.clone(), stat);
                     if let Some(namespace) = state.namespace_named(name) {
                         namespace.made = true;
                     }
+                    return Ok(dir);
                 }
-                // Another account of ours was quicker, or it is somebody else's.
-                Err(error) if error.is_taken() => {
-                    if !self.made_namespace(name) {
-                        record.add([Line::NamespaceRemoved(name)])?;
-                    }
-                }
+                // It is somebody else's.
+                Err(error) if error.is_taken() => record.add([Line::NamespaceRemoved(name)])?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -575,64 +566,78 @@ impl FolderSink {
         })
     }
 
+    /// The folder of a namespace with the access it is to have, if there is one.
+    fn namespace_there(&self, account: &ServiceAccount) -> Result<Option<Arc<Dir>>, Error> {
+        match self.place(account.namespace())? {
+            Place::Open(namespace, stat) => {
+                if self.made_namespace(account.namespace()) && !self.shape.folder.is_of(&stat) {
+                    namespace.settle(self.shape.folder)?;
+                }
+                Ok(Some(namespace))
+            }
+            Place::Foreign(why) => {
+                self.seen(account, None, None, false);
+                Err(Error::Foreign { account: account.clone(), why })
+            }
+            Place::Absent => Ok(None),
+        }
+    }
+
     /// The folder of a namespace as it is now. A handle that was kept is used only while the name still stands for it.
     fn place(&self, name: &str) -> Result<Place, Error> {
         let root = locked(&self.root).dir.clone();
-        let found = root.find(name)?;
+        // Held from looking to noting, so that what is noted is never older than what another thread has noted.
         let mut state = locked(&self.state);
-        state.namespace(name);
-        let Some(namespace) = state.namespace_named(name) else {
-            return Ok(Place::Absent);
-        };
-        let known = match (namespace.seen, found) {
-            (Some(seen), Some(stat)) if seen.is_same_file(&stat) => true,
-            (None, _) => false,
-            // Whoever makes the folder anew before we do keeps it.
-            _ => {
-                namespace.made = false;
-                namespace.seen = None;
-                false
-            }
-        };
+        let found = root.find(name)?;
+        let namespace = state.namespace(name);
+        let namespace = &mut state.namespaces[namespace as usize];
         let Some(stat) = found else {
+            // Whoever makes the folder anew before we do keeps it.
             namespace.made = false;
+            namespace.seen = None;
             state.close(name);
             return Ok(Place::Absent);
         };
-        namespace.noticed.get_or_insert(stat);
-        if known && let Some(dir) = &namespace.dir {
-            let dir = dir.clone();
-            if !namespace.made && namespace.seen.is_some_and(|seen| seen.mode() != stat.mode()) {
-                namespace.seen = Some(stat);
-                if let Some(why) = self.why_foreign_namespace(&root, name, &stat) {
-                    return Ok(Place::Foreign(why));
-                }
-            }
-            namespace.seen = Some(stat);
-            return Ok(Place::Open(dir, stat));
+        let seen = namespace.seen.replace(stat);
+        let is_known = seen.is_some_and(|seen| seen.is_same_file(&stat));
+        if !is_known && seen.is_some() {
+            namespace.made = false;
         }
         let made = namespace.made;
-        namespace.seen = Some(stat);
-        drop(state);
+        namespace.noticed.get_or_insert(stat);
+        if is_known && let Some(dir) = &namespace.dir {
+            let dir = dir.clone();
+            if !made
+                && seen.is_some_and(|seen| seen.mode() != stat.mode())
+                && let Some(why) = self.why_foreign_namespace(&root, name, &stat)
+            {
+                return Ok(Place::Foreign(why));
+            }
+            return Ok(Place::Open(dir, stat));
+        }
         let why = match stat.kind() {
             Kind::Folder if made => None,
             Kind::Folder => self.why_foreign_namespace(&root, name, &stat),
             kind => Some(format!("{} is {kind}", root.path().join(name).display())),
         };
         if let Some(why) = why {
-            locked(&self.state).close(name);
+            state.close(name);
             return Ok(Place::Foreign(why));
         }
         let dir = match root.subdir(name) {
             Err(error) if error.is_denied() && made => {
                 root.reopen_to_us(name, self.shape.folder.mode)?;
-                root.subdir(name)?
+                root.subdir(name)
             }
-            result => result?,
+            result => result,
+        };
+        let dir = match dir {
+            // Removed meanwhile.
+            Err(error) if error.is_absent() => return Ok(Place::Absent),
+            result => Arc::new(result?),
         };
         let stat = dir.stat_self()?;
-        let dir = Arc::new(dir);
-        locked(&self.state).keep_open(name, dir.clone(), stat);
+        state.keep_open(name, dir.clone(), stat);
         Ok(Place::Open(dir, stat))
     }
 
