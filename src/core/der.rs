@@ -1,8 +1,6 @@
 //! The little DER (X.690) that certificates need to be written, and the outlines of what is read: the contents are for
 //! x509-parser, where they are more than bytes to compare.
 
-use pkcs8::der::{Decode as _, Header, Reader as _, SliceReader};
-
 pub(crate) const BOOLEAN: u8 = 0x01;
 pub(crate) const INTEGER: u8 = 0x02;
 pub(crate) const BIT_STRING: u8 = 0x03;
@@ -138,13 +136,27 @@ impl<'a> Iterator for Values<'a> {
     type Item = Value<'a>;
 
     fn next(&mut self) -> Option<Value<'a>> {
-        let tag = *self.0.first()?;
-        let mut reader = SliceReader::new(self.0).ok()?;
-        let header = Header::decode(&mut reader).ok()?;
-        let contents = reader.read_slice(header.length()).ok()?;
-        let (whole, behind) = self.0.split_at(self.0.len() - usize::try_from(reader.remaining_len()).ok()?);
+        let [tag, length, behind @ ..] = self.0 else { return None };
+        // None of what is read has numbers above 30, which take more bytes.
+        if tag & 0x1f == 0x1f {
+            return None;
+        }
+        let (length, behind) = match length {
+            0..=0x7f => (usize::from(*length), behind),
+            0x81..=0x84 => {
+                let (digits, behind) = behind.split_at_checked(usize::from(length & 0x7f))?;
+                let length = digits.iter().fold(0, |length, digit| length << 8 | usize::from(*digit));
+                if length < 0x80 || digits[0] == 0 {
+                    return None;
+                }
+                (length, behind)
+            }
+            _ => return None,
+        };
+        let (contents, behind) = behind.split_at_checked(length)?;
+        let (whole, _) = self.0.split_at(self.0.len() - behind.len());
         self.0 = behind;
-        Some(Value { tag, contents, whole })
+        Some(Value { tag: *tag, contents, whole })
     }
 }
 
@@ -205,6 +217,9 @@ pub(crate) fn all(contents: &[u8]) -> Option<Vec<Value<'_>>> {
 
 #[cfg(test)]
 mod tests {
+    use pkcs8::der::{Decode as _, Header, Reader as _, SliceReader, Tag};
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -229,6 +244,35 @@ mod tests {
         ] {
             let mut values = Values::of(bad);
             assert!(values.next().is_none() && values.is_over() == bad.is_empty(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        /// Against the `der` crate, which knows fewer tags.
+        #[test]
+        fn a_value_is_what_others_read(
+            tag: u8,
+            length in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..6),
+                (0..300_usize).prop_map(|n| if n < 0x80 { vec![n as u8] } else { vec![0x82, (n >> 8) as u8, n as u8] }),
+                (0x80..300_usize).prop_map(|n| if n < 0x100 { vec![0x81, n as u8] } else { vec![0x82, 1, n as u8] }),
+            ],
+            behind in prop::collection::vec(any::<u8>(), 0..400),
+        ) {
+            let bytes = [&[tag][..], &length, &behind].concat();
+            let ours = Values::of(&bytes).next();
+            let mut reader = SliceReader::new(&bytes).unwrap();
+            let theirs = Header::decode(&mut reader).and_then(|header| reader.read_slice(header.length()));
+            match (ours, theirs) {
+                (Some(ours), Ok(contents)) => {
+                    prop_assert_eq!((ours.tag, ours.contents), (tag, contents));
+                    let left = usize::try_from(reader.remaining_len()).unwrap();
+                    prop_assert_eq!(ours.whole, &bytes[..bytes.len() - left]);
+                }
+                (None, Ok(_)) => prop_assert_eq!(tag & 0x1f, 0x1f),
+                (Some(_), Err(_)) => prop_assert!(Tag::decode(&mut SliceReader::new(&bytes).unwrap()).is_err()),
+                (None, Err(_)) => {}
+            }
         }
     }
 
