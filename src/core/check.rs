@@ -87,8 +87,9 @@ fn moments(validity: Value<'_>) -> Option<[OffsetDateTime; 2]> {
 /// A bit of its own, whether it is what it should be, and its name. What is the same in all certificates of a profile is
 /// compared with the DER of RFC 5280 4.2.1, written out here.
 fn extension_fits(found: Value<'_>, expected: &Template<'_>) -> Option<(u8, bool, &'static str)> {
-    const SERVER: [u8; 10] = [6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1];
-    const CLIENT: [u8; 10] = [6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 2];
+    const SERVER: &[u8] = &[0x30, 10, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1];
+    const SERVER_AND_CLIENT: &[u8] =
+        &[0x30, 20, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 2];
     let Extension { oid, critical, value } = Extension::of(found)?;
     // X.690 11.5: what is so by default is not written.
     let critical = match critical {
@@ -110,8 +111,8 @@ fn extension_fits(found: Value<'_>, expected: &Template<'_>) -> Option<(u8, bool
     } else if oid == OID_X509_EXT_EXTENDED_KEY_USAGE.as_bytes() {
         let fits = match expected.profile {
             Profile::Root { .. } | Profile::Intermediate { .. } => false,
-            Profile::Workload { .. } => value == [&[0x30, 20], &SERVER[..], &CLIENT[..]].concat(),
-            Profile::Serving { .. } => value == [&[0x30, 10], &SERVER[..]].concat(),
+            Profile::Workload { .. } => value == SERVER_AND_CLIENT,
+            Profile::Serving { .. } => value == SERVER,
         };
         (4, !critical && fits, "extended key usage")
     } else if oid == OID_X509_EXT_SUBJECT_KEY_IDENTIFIER.as_bytes() {

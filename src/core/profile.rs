@@ -1,6 +1,7 @@
 //! What each kind of certificate contains. This room alone builds certificates, and every field is set here.
 
 use ::core::net::IpAddr;
+use std::borrow::Cow;
 
 use time::OffsetDateTime;
 
@@ -127,22 +128,22 @@ impl Profile<'_> {
     }
 
     /// Whom it names, for people.
-    pub fn name(&self) -> String {
+    pub fn name(&self) -> Cow<'_, str> {
         match self {
-            Self::Serving { dns, .. } => dns.first().map_or_else(|| "mica".to_owned(), DnsName::to_string),
-            Self::Workload { id, .. } => id.to_string(),
+            Self::Serving { dns, .. } => dns.first().map_or("mica", DnsName::as_str).into(),
+            Self::Workload { id, .. } => id.as_str().into(),
             Self::Root { trust_domain, .. } | Self::Intermediate { trust_domain, .. } => {
-                trust_domain.id().to_string()
+                trust_domain.id().to_string().into()
             }
         }
     }
 
     /// The subject's DER: empty for leaves, whose names are in the subject alternative name.
-    pub(crate) fn subject(&self, key: &PublicKey) -> Vec<u8> {
+    pub(crate) fn subject(&self, key: &PublicKey) -> Cow<'static, [u8]> {
         let (kind, organization) = match self {
             Self::Root { organization, .. } => ("root", organization),
             Self::Intermediate { organization, .. } => ("intermediate", organization),
-            Self::Workload { .. } | Self::Serving { .. } => return EMPTY_NAME.to_owned(),
+            Self::Workload { .. } | Self::Serving { .. } => return EMPTY_NAME.into(),
         };
         let common_name = ca_name(kind, key);
         let mut name = Writer::with_capacity(64);
@@ -156,7 +157,7 @@ impl Profile<'_> {
                 });
             }
         });
-        name.finish()
+        name.finish().into()
     }
 }
 
@@ -234,7 +235,7 @@ impl Template<'_> {
             w.sequence(|w| self.names(w));
         });
         if let Profile::Workload { proved_at: Some(at), .. } = self.profile {
-            extension(w, PROVED_AT, false, |w| w.primitive(der::GENERALIZED_TIME, &digits(*at, true)));
+            extension(w, PROVED_AT, false, |w| w.primitive(der::GENERALIZED_TIME, &digits(*at)));
         }
     }
 
@@ -279,23 +280,20 @@ fn extension(w: &mut Writer, oid: &[u8], critical: bool, value: impl FnOnce(&mut
 /// UTCTime up to 2049, GeneralizedTime from 2050 on (RFC 5280 4.1.2.5).
 fn moment(w: &mut Writer, at: OffsetDateTime) {
     let utc = (1950..2050).contains(&at.to_offset(time::UtcOffset::UTC).year());
-    w.primitive(if utc { der::UTC_TIME } else { der::GENERALIZED_TIME }, &digits(at, !utc));
+    let digits = digits(at);
+    if utc { w.primitive(der::UTC_TIME, &digits[2..]) } else { w.primitive(der::GENERALIZED_TIME, &digits) }
 }
 
-/// YYMMDDhhmmssZ, or with the century before it.
-fn digits(at: OffsetDateTime, century: bool) -> Vec<u8> {
+/// YYYYMMDDhhmmssZ
+fn digits(at: OffsetDateTime) -> [u8; 15] {
     let at = at.to_offset(time::UtcOffset::UTC);
     let (year, month, day) = at.to_calendar_date();
     let (hour, minute, second) = at.to_hms();
-    let rest = [u8::from(month), day, hour, minute, second];
-    let mut text = Vec::with_capacity(15);
-    let mut two = |n: u8| text.extend([b'0' + n / 10, b'0' + n % 10]);
-    if century {
-        two((year / 100) as u8);
+    let pairs = [(year / 100) as u8, (year % 100) as u8, u8::from(month), day, hour, minute, second];
+    let mut text = [b'Z'; 15];
+    for (two, n) in text.chunks_exact_mut(2).zip(pairs) {
+        two.copy_from_slice(&[b'0' + n / 10, b'0' + n % 10]);
     }
-    two((year % 100) as u8);
-    rest.into_iter().for_each(two);
-    text.push(b'Z');
     text
 }
 

@@ -221,7 +221,7 @@ impl ServiceAccount {
         if !is_dns_subdomain(name) {
             return Err(Error::AccountName(shortened(name)));
         }
-        Ok(Self(format!("{namespace}/{name}").into()))
+        Ok(Self([namespace, "/", name].concat().into()))
     }
 
     /// The account that an ID of the form `/ns/<namespace>/sa/<account>` names.
@@ -242,7 +242,7 @@ impl ServiceAccount {
 
     /// `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
     pub fn spiffe_id(&self, trust_domain: &TrustDomain) -> SpiffeId {
-        let text = format!("{SCHEME}{trust_domain}/ns/{}/sa/{}", self.namespace(), self.name());
+        let text = [SCHEME, trust_domain.as_str(), "/ns/", self.namespace(), "/sa/", self.name()].concat();
         SpiffeId { text: text.into(), trust_domain: trust_domain.clone() }
     }
 }

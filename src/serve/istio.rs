@@ -122,7 +122,7 @@ pub(super) fn answer(grant: &Grant) -> istio::IstioCertificateResponse {
     let mut elements = Vec::with_capacity(2 + grant.issuer.chain().len());
     elements.push(pem::encode(pem::CERTIFICATE, grant.issued.der()));
     elements.extend(grant.issuer.chain().iter().map(|above| above.to_pem()));
-    elements.push(grant.issuer.bundle().pem().to_string());
+    elements.push(str::to_owned(grant.issuer.bundle().pem()));
     istio::IstioCertificateResponse { cert_chain: elements }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use time::OffsetDateTime;
@@ -148,9 +149,11 @@ impl Requests {
         let begun = Instant::now();
         let (mut told, trace) = self.span(ask.method, evidence);
         let span = debug_span!("request", method = ask.method, source = %evidence.peer.source, trace = trace.map(display));
-        let work = self.try_grant(ask, evidence, caller, &mut told, trace).instrument(span);
-        let granted =
-            self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()));
+        let granted = {
+            // Pinned here: whoever takes a future by value has it in memory twice.
+            let work = pin!(self.try_grant(ask, evidence, caller, &mut told, trace).instrument(span));
+            self.queue.run(self.queue.flow(evidence), work).await.unwrap_or_else(|full| Err(full.into()))
+        };
         let refusal = granted.as_ref().err();
         self.answered(ask.method, caller.as_ref(), refusal, begun, evidence.peer.source, trace);
         ended(&mut told, caller.as_ref(), refusal);
