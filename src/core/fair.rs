@@ -1,7 +1,7 @@
 //! Who is next when several wait: round robin over sources, within a source over credentials, and first come, first
 //! served within those. Bounded: when it is full, whoever fills it loses, and not a newcomer who hardly takes part.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A bounded queue that is fair to sources `S` first and to the credentials `C` within each source then.
 #[derive(Debug)]
@@ -69,12 +69,37 @@ trait Line: Default {
     fn len(&self) -> usize;
 }
 
+/// By number, which only grows. Whoever leaves early leaves a gap, of which there are never more than items; there is none
+/// at either end.
 #[derive(Debug)]
-struct Fifo<T>(BTreeMap<u64, T>);
+struct Fifo<T> {
+    items: VecDeque<(u64, Option<T>)>,
+    len: usize,
+}
 
 impl<T> Default for Fifo<T> {
     fn default() -> Self {
-        Self(BTreeMap::new())
+        Self { items: VecDeque::new(), len: 0 }
+    }
+}
+
+impl<T> Fifo<T> {
+    fn first(&self) -> Option<&T> {
+        self.items.front()?.1.as_ref()
+    }
+
+    fn without(&mut self, item: Option<T>) -> Option<T> {
+        self.len -= usize::from(item.is_some());
+        while self.items.front().is_some_and(|(_, item)| item.is_none()) {
+            self.items.pop_front();
+        }
+        while self.items.back().is_some_and(|(_, item)| item.is_none()) {
+            self.items.pop_back();
+        }
+        if self.items.len() > 2 * self.len {
+            self.items.retain(|(_, item)| item.is_some());
+        }
+        item
     }
 }
 
@@ -83,23 +108,28 @@ impl<T> Line for Fifo<T> {
     type Path = ();
 
     fn push(&mut self, (): (), number: u64, item: T) {
-        self.0.insert(number, item);
+        self.items.push_back((number, Some(item)));
+        self.len += 1;
     }
 
     fn pop(&mut self) -> Option<T> {
-        self.0.pop_first().map(|(_, item)| item)
+        let (_, item) = self.items.pop_front()?;
+        self.without(item)
     }
 
     fn remove(&mut self, (): (), number: u64) -> Option<T> {
-        self.0.remove(&number)
+        let at = self.items.binary_search_by_key(&number, |(number, _)| *number).ok()?;
+        let item = self.items[at].1.take();
+        self.without(item)
     }
 
     fn drop_newest(&mut self) -> Option<T> {
-        self.0.pop_last().map(|(_, item)| item)
+        let (_, item) = self.items.pop_back()?;
+        self.without(item)
     }
 
     fn len(&self) -> usize {
-        self.0.len()
+        self.len
     }
 }
 
@@ -108,7 +138,7 @@ impl<T> Line for Fifo<T> {
 struct Rounds<K, L> {
     lines: BTreeMap<K, Member<L>>,
     /// Whose turn it is: the first's.
-    order: BTreeMap<u64, K>,
+    order: Fifo<K>,
     /// The longest is last, and of those the one that became so last.
     lengths: BTreeSet<(usize, u64, K)>,
     len: usize,
@@ -125,7 +155,7 @@ struct Member<L> {
 
 impl<K, L> Default for Rounds<K, L> {
     fn default() -> Self {
-        let (lines, order, lengths) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
+        let (lines, order, lengths) = (BTreeMap::new(), Fifo::default(), BTreeSet::new());
         Self { lines, order, lengths, len: 0, tick: 0 }
     }
 }
@@ -145,13 +175,13 @@ impl<K: Copy + Ord, L: Line> Rounds<K, L> {
             self.lengths.insert((after, self.tick, key));
         }
         if served || after == 0 {
-            self.order.remove(&member.position);
+            self.order.remove((), member.position);
         }
         if after == 0 {
             self.lines.remove(&key);
         } else if served {
             member.position = self.tick;
-            self.order.insert(self.tick, key);
+            self.order.push((), self.tick, key);
         }
         Some(changed)
     }
@@ -165,14 +195,14 @@ impl<K: Copy + Ord, L: Line> Line for Rounds<K, L> {
         self.tick += 1;
         let (tick, order) = (self.tick, &mut self.order);
         self.lines.entry(key).or_insert_with(|| {
-            order.insert(tick, key);
+            order.push((), tick, key);
             Member { line: L::default(), position: tick, changed: tick }
         });
         self.change(key, false, |line| line.push(path, number, item));
     }
 
     fn pop(&mut self) -> Option<L::Item> {
-        let key = *self.order.first_key_value()?.1;
+        let key = *self.order.first()?;
         self.change(key, true, L::pop)?
     }
 
