@@ -37,8 +37,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), compiled(&served)?.encode_file_descriptor_set())?;
     let reflected = compiled(&[&local[..], &xds].concat())?;
     std::fs::write(out.join("local_descriptors.bin"), reflected.encode_file_descriptor_set())?;
-    let all = compiled(&[&served[..], &local, &sent].concat())?.file_descriptor_set();
-    tonic_prost_build::configure().compile_fds(all)?;
+    tonic_prost_build::configure()
+        .codec_path("crate::proto::Codec")
+        .compile_fds(compiled(&served)?.file_descriptor_set())?;
+    // What nobody reads of a stream shares the library's larger buffers.
+    let others = compiled(&[&local[..], &sent].concat())?.file_descriptor_set();
+    tonic_prost_build::configure().compile_fds(others)?;
     // With an Any of their own, whose bytes many responses share. What may hold a key is not shown.
     let own = out.join("xds");
     std::fs::create_dir_all(&own)?;

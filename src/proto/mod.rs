@@ -1,5 +1,9 @@
-//! Generated from `proto/` by the build; nothing here is written by hand.
+//! Generated from `proto/` by the build; by hand only the codec.
 #![allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
+
+mod codec;
+
+pub(crate) use codec::Codec;
 
 /// What the authority serves, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -13,25 +13,29 @@ mod metrics;
 mod mica;
 pub mod queue;
 mod requests;
+mod routes;
 pub mod tls;
 pub mod webhook;
 
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tonic::transport::Server;
-use tonic::transport::server;
+use tonic::codegen::http::Request;
 
 pub use agent::Agents;
 pub use istio::wishes;
@@ -50,6 +54,7 @@ use bounds::{Crowd, Terms, Unanswered};
 use gate::Gate as _;
 use gather::Gather;
 use grpc::GrpcOnly;
+use routes::{Route, Routes};
 use tls::ServingCertificate;
 
 /// Says whether Mica can do its work now.
@@ -70,9 +75,6 @@ const REFLECTION: Duration = Duration::from_secs(600);
 /// Why nothing is served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The listener.
-    #[error("the gRPC port: {0}")]
-    Transport(#[from] tonic::transport::Error),
     /// The descriptors that reflection tells.
     #[error("the gRPC reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -88,9 +90,6 @@ pub async fn serve(
     agents: Arc<Agents>,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
-    let (accepted, connections) = mpsc::channel(1);
-    let acceptor = TlsAcceptor::from(Arc::new(certificate.config()));
-    let incoming = tokio_stream::wrappers::ReceiverStream::new(connections);
     let identity = mica::Identity { requests: requests.clone() };
     let istio = istio::Istio { requests: requests.clone() };
     let (alive, stopped) = watch::channel(());
@@ -99,29 +98,21 @@ pub async fn serve(
     let (asked, looked_up) = (Terms::new(bounds::ANSWERED, &crowd), Terms::new(REFLECTION, &crowd));
     let reflection =
         || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTORS);
-    let serving =
-        Server::builder()
-            .http2_keepalive_interval(Some(Duration::from_secs(30)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .max_concurrent_streams(bounds::STREAMS)
-            .initial_stream_window_size(bounds::WINDOWS.0)
-            .initial_connection_window_size(bounds::WINDOWS.1)
-            .http2_max_header_list_size(bounds::LARGEST_HEADER)
-            .http2_max_pending_accept_reset_streams(Some(bounds::RESETS.0))
-            .http2_max_local_error_reset_streams(Some(bounds::RESETS.1))
-            .add_service(GrpcOnly(Terms::endless(&crowd).before(
+    let routes =
+        Routes::new()
+            .with(GrpcOnly(Terms::endless(&crowd).before(
                 HealthServer::new(health::Health { ready }).max_decoding_message_size(LARGEST_QUESTION),
             )))
-            .add_service(GrpcOnly(
+            .with(GrpcOnly(
                 looked_up.before(reflection().build_v1()?.max_decoding_message_size(LARGEST_QUESTION)),
             ))
-            .add_service(GrpcOnly(
+            .with(GrpcOnly(
                 looked_up.before(reflection().build_v1alpha()?.max_decoding_message_size(LARGEST_QUESTION)),
             ))
-            .add_service(GrpcOnly(asked.before(
+            .with(GrpcOnly(asked.before(
                 IdentityServiceServer::new(identity).max_decoding_message_size(bounds::LARGEST_MESSAGE),
             )))
-            .add_service(GrpcOnly(
+            .with(GrpcOnly(
                 asked
                     .clone()
                     .apart(agent::WATCH_BUNDLES_PATH, None, Crowd::new())
@@ -134,42 +125,41 @@ pub async fn serve(
                         AgentServiceServer::new(agent).max_decoding_message_size(bounds::LARGEST_MESSAGE),
                     ),
             ))
-            .add_service(GrpcOnly(
-                asked.clone().counted(&requests, istio::CREATE_CERTIFICATE).before(
-                    IstioCertificateServiceServer::new(istio.clone())
-                        .max_decoding_message_size(bounds::LARGEST_MESSAGE),
-                ),
-            ))
-            .add_service(GrpcOnly(
-                asked.counted(&requests, istio::HANDLE_CSR).before(
-                    IstioCaServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
-                ),
-            ))
-            .serve_with_incoming_shutdown(incoming, async {
-                stop.await;
-                drop(alive);
-            });
+            .with(GrpcOnly(asked.clone().counted(&requests, istio::HANDLE_CSR).before(
+                IstioCaServiceServer::new(istio.clone()).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+            )))
+            .with(GrpcOnly(asked.counted(&requests, istio::CREATE_CERTIFICATE).before(
+                IstioCertificateServiceServer::new(istio).max_decoding_message_size(bounds::LARGEST_MESSAGE),
+            )));
+    let acceptor = TlsAcceptor::from(Arc::new(certificate.config()));
+    let (going_on, ends) = watch::channel(());
+    let mut connections = JoinSet::new();
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
+    let serve = move |stream| connection(stream, routes, ends);
     tokio::select! {
-        served = serving => Ok(served?),
-        () = accept(listener, acceptor, (open_files / 4, IDLE), accepted) => Ok(()),
+        () = accept(listener, acceptor, (open_files / 4, IDLE), &mut connections, serve) => {}
+        () = stop => {}
     }
+    drop((alive, going_on));
+    while connections.join_next().await.is_some() {}
+    Ok(())
 }
 
-/// Accepts for ever: a connection that fails ends nothing but itself.
-async fn accept(
+/// Accepts for ever, with one task for each connection. One that fails ends nothing but itself; those that are not let in
+/// yet end with this.
+async fn accept<F: Future<Output = ()> + Send + 'static>(
     mut listener: Listener,
     acceptor: TlsAcceptor,
     (most, idle): (usize, Duration),
-    accepted: mpsc::Sender<io::Result<Connection>>,
+    connections: &mut JoinSet<()>,
+    serve: impl FnOnce(Connection) -> F + Clone + Send + 'static,
 ) {
     let places = Places::new(most);
-    let mut handshakes = JoinSet::new();
     loop {
         let stream = listener.accept().await;
-        while handshakes.try_join_next().is_some() {}
-        let (acceptor, accepted, places) = (acceptor.clone(), accepted.clone(), places.clone());
-        handshakes.spawn(async move {
+        while connections.try_join_next().is_some() {}
+        let (acceptor, places, serve) = (acceptor.clone(), places.clone(), serve.clone());
+        connections.spawn(async move {
             let mut stream = match acceptor.accept(stream).await {
                 Ok(stream) => stream,
                 Err(fault) => return tracing::debug!(%fault, "TLS handshake failed"),
@@ -179,8 +169,40 @@ async fn accept(
                 return tracing::warn!(most, %source, "a client is sent away: too many are connected");
             };
             stream.get_mut().0.stay(idle, place);
-            drop(accepted.send(Ok(Connection::new(stream, source))).await);
+            serve(Connection::new(stream, source)).await;
         });
+    }
+}
+
+/// Answers the requests of one connection, until it ends.
+async fn connection(stream: Connection, routes: Routes<impl Route>, mut ends: watch::Receiver<()>) {
+    let known = stream.known.clone();
+    let answer = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(known.clone());
+        routes.answer(request)
+    });
+    let mut serving = pin!(
+        http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(Some(Duration::from_secs(30)))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .max_concurrent_streams(bounds::STREAMS)
+            .initial_stream_window_size(bounds::WINDOWS.0)
+            .initial_connection_window_size(bounds::WINDOWS.1)
+            .max_header_list_size(bounds::LARGEST_HEADER)
+            .max_pending_accept_reset_streams(bounds::RESETS.0)
+            .max_local_error_reset_streams(bounds::RESETS.1)
+            .serve_connection(TokioIo::new(stream), answer)
+    );
+    let served = tokio::select! {
+        served = &mut serving => served,
+        _ = ends.changed() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(fault) = served {
+        tracing::debug!(%fault, "a connection ended");
     }
 }
 
@@ -210,14 +232,6 @@ impl Connection {
 fn source(stream: &TlsStream<Stream>) -> IpAddr {
     let unspecified = IpAddr::from(Ipv4Addr::UNSPECIFIED);
     stream.get_ref().0.get_ref().peer_addr().map_or(unspecified, |address| address.ip().to_canonical())
-}
-
-impl server::Connected for Connection {
-    type ConnectInfo = Connected;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.known.clone()
-    }
 }
 
 impl AsyncRead for Connection {

@@ -22,6 +22,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
 use super::tls::ServingCertificate;
@@ -99,9 +100,12 @@ pub async fn serve(
     let serving =
         axum::serve(Door { connections, address }, routes).with_graceful_shutdown(stop).into_future();
     let listener = Listener::new(listener, HANDSHAKES.min(open_files / 8), HANDSHAKE);
+    let (acceptor, terms) = (TlsAcceptor::from(Arc::new(tls)), (CONNECTIONS.min(open_files / 8), REQUEST));
+    let mut handshakes = JoinSet::new();
+    let hand_over = async move |connection| drop(accepted.send(connection).await);
     tokio::select! {
         served = serving => served,
-        () = accept(listener, TlsAcceptor::from(Arc::new(tls)), (CONNECTIONS.min(open_files / 8), REQUEST), accepted) => Ok(()),
+        () = accept(listener, acceptor, terms, &mut handshakes, hand_over) => Ok(()),
     }
 }
 
@@ -124,7 +128,7 @@ async fn last(mut response: Response) -> Response {
 }
 
 struct Door {
-    connections: mpsc::Receiver<std::io::Result<Connection>>,
+    connections: mpsc::Receiver<Connection>,
     address: std::net::SocketAddr,
 }
 
@@ -133,16 +137,13 @@ impl axum::serve::Listener for Door {
     type Addr = IpAddr;
 
     async fn accept(&mut self) -> (Connection, IpAddr) {
-        loop {
-            match self.connections.recv().await {
-                Some(Ok(connection)) => {
-                    let source = connection.known.peer.source;
-                    return (connection, source);
-                }
-                Some(Err(_)) => {}
-                // Whoever accepts has ended, and with it this.
-                None => std::future::pending().await,
+        match self.connections.recv().await {
+            Some(connection) => {
+                let source = connection.known.peer.source;
+                (connection, source)
             }
+            // Whoever accepts has ended, and with it this.
+            None => std::future::pending().await,
         }
     }
 
