@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .codec_path("crate::proto::Codec")
         .compile_fds(compiled(&served)?.file_descriptor_set())?;
-    // What nobody reads of a stream shares the library's larger buffers.
+    // Answers of streams that wait unread share one of tonic's larger buffers.
     let others = compiled(&[&local[..], &sent].concat())?.file_descriptor_set();
     tonic_prost_build::configure().compile_fds(others)?;
     // With an Any of their own, whose bytes many responses share. What may hold a key is not shown.

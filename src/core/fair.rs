@@ -69,6 +69,9 @@ trait Line: Default {
     fn len(&self) -> usize;
 }
 
+/// Room for so many is kept when a crowd is gone.
+const FEW: usize = 64;
+
 /// By number, which only grows. Whoever leaves early leaves a gap, of which there are never more than items; there is none
 /// at either end.
 #[derive(Debug)]
@@ -98,6 +101,9 @@ impl<T> Fifo<T> {
         }
         if self.items.len() > 2 * self.len {
             self.items.retain(|(_, item)| item.is_some());
+        }
+        if self.items.capacity() > FEW.max(4 * self.len) {
+            self.items.shrink_to(2 * self.len);
         }
         item
     }
@@ -275,6 +281,15 @@ mod tests {
 
     #[test]
     fn strangers_leave_nothing_behind() {
+        let mut fair = Fair::new(1_000);
+        let places: Vec<_> = (0..1_000).map(|n| fair.push(n, n, ()).0).collect();
+        for place in places.iter().skip(1).filter(|place| place.source % 3 != 0) {
+            assert_eq!(fair.remove(place), Some(()));
+        }
+        let gaps = &fair.line.order;
+        assert!(gaps.len == 334 && gaps.items.len() <= 2 * gaps.len, "{}", gaps.items.len());
+        while fair.pop().is_some() {}
+        assert!(fair.line.order.items.capacity() <= FEW);
         let mut fair = Fair::new(10);
         for n in 0..1_000 {
             let (place, _) = fair.push(n, n, ());

@@ -1,11 +1,13 @@
 //! How messages of the authority become bytes: as tonic has it, with room for a CSR and for a chain in place of eight
 //! thousand bytes for either. Both grow with what needs more.
 
+#![warn(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
+
 use prost::Message;
 use tonic::codec::{self, BufferSettings};
 use tonic_prost::ProstCodec;
 
-/// What is read at once, in bytes; a longer message takes what it needs.
+/// What is read into at first, in bytes.
 const READ: usize = 1024;
 /// What is written to at first, in bytes. A chain without intermediates, and its root, fit.
 const WRITTEN: usize = 2048;
@@ -14,7 +16,7 @@ const TOGETHER: usize = 32 * 1024;
 
 /// For `application/grpc+proto`.
 #[derive(Debug, Default)]
-pub struct Codec<T, U>(std::marker::PhantomData<(T, U)>);
+pub(crate) struct Codec<T, U>(std::marker::PhantomData<(T, U)>);
 
 impl<T, U> codec::Codec for Codec<T, U>
 where

@@ -156,8 +156,11 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
 ) {
     let places = Places::new(most);
     loop {
-        let stream = listener.accept().await;
-        while connections.try_join_next().is_some() {}
+        let stream = tokio::select! {
+            stream = listener.accept() => stream,
+            // It gives its memory back.
+            Some(_) = connections.join_next() => continue,
+        };
         let (acceptor, places, serve) = (acceptor.clone(), places.clone(), serve.clone());
         connections.spawn(async move {
             let mut stream = match acceptor.accept(stream).await {
@@ -202,7 +205,7 @@ async fn connection(stream: Connection, routes: Routes<impl Route>, mut ends: wa
         }
     };
     if let Err(fault) = served {
-        tracing::debug!(%fault, "a connection ended");
+        tracing::debug!(?fault, "a connection ended");
     }
 }
 

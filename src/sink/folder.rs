@@ -492,13 +492,7 @@ impl FolderSink {
             Err(error) if error.is_absent() => {}
             Err(_) => return,
         }
-        let mut state = locked(&self.state);
-        state.close(name);
-        if let Some(namespace) = state.namespace_named(name) {
-            namespace.made = false;
-            namespace.seen = None;
-        }
-        drop(state);
+        locked(&self.state).lose(name);
         if let Err(error) = record.add([Line::NamespaceRemoved(name)]) {
             tracing::warn!(namespace = name, %error, "cannot record that an empty folder was removed");
         }
@@ -588,23 +582,20 @@ impl FolderSink {
         let root = locked(&self.root).dir.clone();
         // Held from looking to noting, so that what is noted is never older than what another thread has noted.
         let mut state = locked(&self.state);
-        let found = root.find(name)?;
-        let namespace = state.namespace(name);
-        let namespace = &mut state.namespaces[namespace as usize];
-        let Some(stat) = found else {
-            // Whoever makes the folder anew before we do keeps it.
-            namespace.made = false;
-            namespace.seen = None;
-            state.close(name);
+        let id = state.namespace(name) as usize;
+        let Some(stat) = root.find(name)? else {
+            state.lose(name);
             return Ok(Place::Absent);
         };
-        let seen = namespace.seen.replace(stat);
+        let seen = state.namespaces[id].seen;
         let is_known = seen.is_some_and(|seen| seen.is_same_file(&stat));
-        if !is_known && seen.is_some() {
-            namespace.made = false;
+        if seen.is_some() && !is_known {
+            state.lose(name);
         }
-        let made = namespace.made;
+        let namespace = &mut state.namespaces[id];
+        namespace.seen = Some(stat);
         namespace.noticed.get_or_insert(stat);
+        let made = namespace.made;
         if is_known && let Some(dir) = &namespace.dir {
             let dir = dir.clone();
             if !made
@@ -624,17 +615,18 @@ impl FolderSink {
             state.close(name);
             return Ok(Place::Foreign(why));
         }
-        let dir = match root.subdir(name) {
+        let opened = match root.subdir(name) {
             Err(error) if error.is_denied() && made => {
-                root.reopen_to_us(name, self.shape.folder.mode)?;
-                root.subdir(name)
+                root.reopen_to_us(name, self.shape.folder.mode).and_then(|()| root.subdir(name))
             }
-            result => result,
+            opened => opened,
         };
-        let dir = match dir {
-            // Removed meanwhile.
-            Err(error) if error.is_absent() => return Ok(Place::Absent),
-            result => Arc::new(result?),
+        let dir = match opened {
+            Err(error) if error.is_absent() => {
+                state.lose(name);
+                return Ok(Place::Absent);
+            }
+            opened => Arc::new(opened?),
         };
         let stat = dir.stat_self()?;
         state.keep_open(name, dir.clone(), stat);
@@ -859,6 +851,15 @@ impl State {
             namespace.noticed.get_or_insert(stat);
         }
         self.open_namespaces += usize::from(opened);
+    }
+
+    /// Its folder is gone: whoever makes it anew before we do keeps it.
+    fn lose(&mut self, name: &str) {
+        self.close(name);
+        if let Some(namespace) = self.namespace_named(name) {
+            namespace.made = false;
+            namespace.seen = None;
+        }
     }
 
     fn close(&mut self, name: &str) {
