@@ -116,10 +116,19 @@ fn wire() {
         let with_token = place.client_with_tokens(&mica, 1);
         measured(mica.pid(), &with_token, &Load { requests: 64, ..KEPT });
         let (seen, _) = measured(mica.pid(), &with_token, &KEPT);
+        // HTTP/2 sends a token whole with each request, and the stack reads it.
+        let mut as_long = echo.client(None);
+        as_long.tokens.clone_from(&with_token.tokens);
+        let (echoed_as_long, _) = measured(echo.pid(), &as_long, &KEPT);
         let (first, _) = measured(mica.pid(), &place.client_with_tokens(&mica, REQUESTS as usize), &KEPT);
         rows.add("with a token seen before, us", seen);
         rows.add("with a token seen before / floor (goal 2.0)", seen / floor);
         rows.add("the same, above floor and echo, us (at most 15)", seen - floor - echoed);
+        rows.add("echo of a request with a token, us", echoed_as_long);
+        rows.add(
+            "the same, above floor and an echo of its size, us (at most 15)",
+            seen - floor - echoed_as_long,
+        );
         rows.add("with a token never seen, us", first);
         rows.add("on a new connection, us", anew);
         rows.add("on a new connection / on a kept one", anew / kept);
