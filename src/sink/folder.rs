@@ -602,6 +602,8 @@ impl FolderSink {
                 && seen.is_some_and(|seen| seen.mode() != stat.mode())
                 && let Some(why) = self.why_foreign_namespace(&root, name, &stat)
             {
+                // So that the next look judges it again.
+                state.close(name);
                 return Ok(Place::Foreign(why));
             }
             return Ok(Place::Open(dir, stat));

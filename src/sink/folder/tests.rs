@@ -584,6 +584,26 @@ fn a_namespace_folder_that_is_no_folder_of_ours_is_foreign() {
 }
 
 #[test]
+fn a_namespace_that_others_may_write_to_by_now_is_refused_until_that_is_mended() {
+    let house = House::new();
+    let sink = house.open();
+    let namespace = house.secrets().join("default");
+    fs::create_dir(&namespace).unwrap();
+    chmod(&namespace, 0o755);
+    sink.publish_now(&web(), &set(1)).unwrap();
+    chmod(&namespace, 0o777);
+    for _ in 0..3 {
+        let error = sink.publish_now(&web(), &set(2)).unwrap_err();
+        assert!(error.to_string().contains("may be written to by every user"), "{error}");
+        assert!(foreign(&sink, &web()).contains("written to by"));
+    }
+    chmod(&namespace, 0o755);
+    assert_whole(&sink, &web(), &set(1));
+    sink.publish_now(&web(), &set(2)).unwrap();
+    assert_whole(&sink, &web(), &set(2));
+}
+
+#[test]
 fn loose_permissions_are_told_and_repaired() {
     let house = House::new();
     let sink = house.open();
