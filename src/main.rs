@@ -14,6 +14,7 @@ use mica::app::{agent, serve};
 use mica::config::cli::{Cli, Command, Output};
 use mica::config::{istio_ca, serve as config};
 use mica::core::inspect::one_line;
+use mica::telemetry;
 use mica::tool::{self, Report};
 
 /// The answer is no.
@@ -25,7 +26,9 @@ const OUR_FAULT: u8 = 70;
 
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(tell_panic));
-    catch_unwind(run).unwrap_or(ExitCode::from(OUR_FAULT))
+    let code = catch_unwind(run).unwrap_or(ExitCode::from(OUR_FAULT));
+    telemetry::flush();
+    code
 }
 
 fn run() -> ExitCode {

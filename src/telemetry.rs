@@ -1,12 +1,16 @@
 //! The log, one line an event on standard error, for people or as JSON; and the one form of metric that the library
 //! lacks.
 
+use std::cell::Cell;
 use std::fmt::{self as std_fmt, Write as _};
-use std::io::IsTerminal as _;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
+use tokio::sync::Notify;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -31,7 +35,7 @@ pub fn start(format: Option<LogFormat>, level: Level) {
     let terminal = std::io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Human } else { LogFormat::Json });
     // A line that cannot be written, as to a full disk, would otherwise be told on standard error, which panics there.
-    let builder = fmt().with_writer(std::io::stderr).with_max_level(level).log_internal_errors(false);
+    let builder = fmt().with_writer(|| Log).with_max_level(level).log_internal_errors(false);
     // A span tells how long it took when it ends.
     let builder = builder.with_span_events(FmtSpan::CLOSE);
     // What goes wrong there Mica tells itself, in its own words.
@@ -42,6 +46,78 @@ pub fn start(format: Option<LogFormat>, level: Level) {
         LogFormat::Json => {
             builder.json().flatten_event(true).map_event_format(Lines).finish().with(filter).init()
         }
+    }
+}
+
+/// Lines that are not written yet.
+static GATHERED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+/// That there are some.
+static SOME: Notify = Notify::const_new();
+/// More is written at once.
+const MOST_GATHERED: usize = 16 * 1024;
+/// A line that is gathered waits no longer for [`flush`].
+const PATIENCE: Duration = Duration::from_millis(5);
+
+thread_local! {
+    static GATHERS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What is logged within may wait for [`flush`], and be written together with what other threads log within the same. A
+/// line that is logged elsewhere takes it along, so that all stay in their order.
+pub fn gather<R>(work: impl FnOnce() -> R) -> R {
+    struct End(bool);
+    impl Drop for End {
+        fn drop(&mut self) {
+            GATHERS.set(self.0);
+        }
+    }
+    let _end = End(GATHERS.replace(true));
+    work()
+}
+
+/// Writes what was gathered.
+pub fn flush() {
+    // Nobody could be told that it cannot be written.
+    let _ = write_out(&mut gathered());
+}
+
+/// Writes what nobody else does, soon, for ever.
+pub async fn keep_flushed() {
+    loop {
+        SOME.notified().await;
+        tokio::time::sleep(PATIENCE).await;
+        flush();
+    }
+}
+
+fn gathered() -> MutexGuard<'static, Vec<u8>> {
+    GATHERED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write_out(lines: &mut Vec<u8>) -> io::Result<()> {
+    let written = if lines.is_empty() { Ok(()) } else { io::stderr().write_all(lines) };
+    lines.clear();
+    written
+}
+
+/// Standard error, behind what is gathered.
+struct Log;
+
+impl io::Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut lines = gathered();
+        let first = lines.is_empty();
+        lines.extend_from_slice(line);
+        if !GATHERS.get() || lines.len() >= MOST_GATHERED {
+            write_out(&mut lines)?;
+        } else if first {
+            SOME.notify_one();
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -177,8 +253,7 @@ impl EncodeMetric for Unsuffixed {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
     use super::*;
 

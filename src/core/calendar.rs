@@ -159,7 +159,10 @@ impl<const N: usize> Ring<N> {
         let from = place as usize % N;
         let end = from + count as usize;
         let sum = |counts: &[u32]| counts.iter().map(|count| u64::from(*count)).sum::<u64>();
-        sum(&self.0[from..end.min(N)]) + sum(&self.0[..end.saturating_sub(N)])
+        match self.0.get(from..end) {
+            Some(counts) => sum(counts),
+            None => sum(&self.0[from..]) + sum(&self.0[..end - N]),
+        }
     }
 
     fn add(&mut self, place: u64) {

@@ -11,9 +11,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::bounds::Unanswered;
+use crate::telemetry;
 
 /// What a TLS record holds at most (RFC 8446 5.1). More is written without waiting for more.
 const MOST: usize = 16 * 1024;
+/// Room for a few answers, at first.
+const ROOM: usize = 8 * 1024;
 /// An answer waits for others of its client no longer than this.
 const PATIENCE: Duration = Duration::from_millis(2);
 
@@ -81,6 +84,9 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
     }
 
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.written == 0 {
+            telemetry::flush();
+        }
         while self.written < self.gathered.len() {
             let rest = &self.gathered[self.written..];
             match ready!(Pin::new(&mut self.stream).poll_write(cx, rest))? {
@@ -123,6 +129,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
     ) -> Poll<io::Result<usize>> {
         if self.gathered.len() >= MOST {
             ready!(self.poll_write_out(cx))?;
+        }
+        if self.gathered.capacity() == 0 {
+            self.gathered.reserve(ROOM);
         }
         let before = self.gathered.len();
         pieces.iter().for_each(|piece| self.gathered.extend_from_slice(piece));

@@ -28,7 +28,7 @@ use std::time::Duration;
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -50,6 +50,7 @@ use crate::proto::istio::v1::auth::istio_certificate_service_server::IstioCertif
 use crate::proto::mica::v1::agent_service_server::AgentServiceServer;
 use crate::proto::mica::v1::identity_service_server::IdentityServiceServer;
 use crate::sys::listen::{Listener, Places, Stream};
+use crate::telemetry;
 use bounds::{Crowd, Terms, Unanswered};
 use gate::Gate as _;
 use gather::Gather;
@@ -138,6 +139,7 @@ pub async fn serve(
     let serve = move |stream| connection(stream, routes, ends);
     tokio::select! {
         () = accept(listener, acceptor, (open_files / 4, IDLE), &mut connections, serve) => {}
+        () = telemetry::keep_flushed() => {}
         () = stop => {}
     }
     drop((alive, going_on));
@@ -185,7 +187,7 @@ async fn connection(stream: Connection, routes: Routes<impl Route>, mut ends: wa
         routes.answer(request)
     });
     let mut serving = pin!(
-        http2::Builder::new(TokioExecutor::new())
+        http2::Builder::new(queue::Tasks)
             .timer(TokioTimer::new())
             .keep_alive_interval(Some(Duration::from_secs(30)))
             .keep_alive_timeout(Duration::from_secs(10))

@@ -3,14 +3,17 @@
 //! When more wait than can work, the turns go around: over the addresses that requests come from, and over the
 //! credentials that one address presents. Credentials are told apart here and believed nowhere.
 
+use std::cell::Cell;
 use std::collections::hash_map::RandomState;
 use std::future::{Future, poll_fn};
 use std::hash::BuildHasher as _;
 use std::net::IpAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
+use std::task::{Context, Poll};
 
+use http::header::AUTHORIZATION;
+use hyper::rt::Executor;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::counter::Counter;
@@ -66,11 +69,14 @@ impl Queue {
 
     /// Whose turn a request would use.
     pub fn flow(&self, evidence: &Evidence<'_>) -> Flow {
-        let header = |name| evidence.metadata.get(name).map(|value| tail(value.as_bytes()));
+        let headers = evidence.metadata.as_ref();
         let leaf = evidence.peer.certificates.first().map(|leaf| tail(leaf));
-        let credential = match header("authorization") {
-            Some(token) => self.0.hasher.hash_one(token),
-            None => self.0.hasher.hash_one((leaf, header("x-forwarded-client-cert"))),
+        let credential = match headers.get(AUTHORIZATION) {
+            Some(token) => self.0.hasher.hash_one(tail(token.as_bytes())),
+            None => {
+                let forwarded = headers.get("x-forwarded-client-cert").map(|value| tail(value.as_bytes()));
+                self.0.hasher.hash_one((leaf, forwarded))
+            }
         };
         Flow { source: network(evidence.peer.source), credential }
     }
@@ -181,7 +187,55 @@ impl Shared {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.0.state().free += 1;
-        self.0.hand_out();
+        match ENDED.take() {
+            None => self.0.hand_out(),
+            Some(other) => {
+                ENDED.set(Some(Some(self.0.clone())));
+                if let Some(other) = other.filter(|other| !Arc::ptr_eq(other, &self.0)) {
+                    other.hand_out();
+                }
+            }
+        }
+    }
+}
+
+thread_local! {
+    /// Within a poll at whose end turns are handed on: of which queue, once there is one.
+    static ENDED: Cell<Option<Option<Arc<Shared>>>> = const { Cell::new(None) };
+}
+
+/// Runs the requests of a connection, each as a task that hands its turn on when its poll ends, and not within it. By then
+/// its answer is with the connection, which is thereby woken before whoever works next; and since the runtime runs first
+/// whom it woke last, several answers come together before the connection is polled.
+#[derive(Clone, Copy, Debug)]
+pub struct Tasks;
+
+impl<F: Future<Output = ()> + Unpin + Send + 'static> Executor<F> for Tasks {
+    fn execute(&self, task: F) {
+        tokio::spawn(HandsOnLast(task));
+    }
+}
+
+struct HandsOnLast<F>(F);
+
+impl<F: Future + Unpin> Future for HandsOnLast<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        ENDED.set(Some(None));
+        let _end = End;
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
+
+/// The end of a poll, however it comes.
+struct End;
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if let Some(Some(queue)) = ENDED.take() {
+            queue.hand_out();
+        }
     }
 }
 
@@ -360,6 +414,45 @@ mod tests {
         assert!(tasks.join_next().await.unwrap().unwrap_err().is_cancelled());
         drop(turn);
         is_idle(&queue, 1);
+    }
+
+    /// Gives its turn back in the middle of a poll.
+    struct Works(Option<Turn>, Arc<Mutex<Vec<&'static str>>>);
+
+    impl Future for Works {
+        type Output = ();
+
+        fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+            let turn = self.0.take().unwrap();
+            let queue = Queue(turn.0.clone());
+            drop(turn);
+            let mut order = self.1.lock().unwrap();
+            order.push(if queue.0.state().waiting.is_empty() { "handed on" } else { "answered" });
+            let ends_well = order.len() == 1;
+            drop(order);
+            assert!(ends_well, "as planned");
+            Poll::Ready(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_handed_on_when_the_poll_is_over_however_that_ends() {
+        let (queue, order) = (Queue::new(1, 10), Arc::<Mutex<Vec<_>>>::default());
+        for _ in 0..2 {
+            let turn = queue.turn(flow(1, 1)).await.unwrap();
+            let mut waiting = JoinSet::new();
+            let (shared, next) = (queue.clone(), order.clone());
+            waiting.spawn(async move {
+                let _turn = shared.turn(flow(1, 1)).await.unwrap();
+                next.lock().unwrap().push("next");
+            });
+            tokio::task::yield_now().await;
+            Tasks.execute(Works(Some(turn), order.clone()));
+            waiting.join_all().await;
+            is_idle(&queue, 1);
+        }
+        let order = order.lock().unwrap().clone();
+        assert_eq!(order, ["answered", "next", "answered", "next"]);
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::core::refusal::{Reason, Refusal};
 use crate::core::spiffe::{ServiceAccount, SpiffeId, TrustDomain, shortened};
 use crate::core::trace::{Parent, TraceId};
 use crate::sys::clock;
+use crate::telemetry;
 use crate::trace::{Span, Tracer};
 
 /// What is asked for.
@@ -231,7 +232,10 @@ impl Requests {
             trace,
         };
         let _sign = (debug_span!("sign").entered(), told.part("sign"));
-        let issue = || self.authority.issue(&order, now, &cause).map_err(unusable_issuer);
+        let issue = || {
+            // The line about it leaves before the answer, with those about others.
+            telemetry::gather(|| self.authority.issue(&order, now, &cause)).map_err(unusable_issuer)
+        };
         // An RSA signature takes a millisecond and more: the connections go on, on another thread.
         if self.authority.issuer().signs_slowly() { block_in_place(issue) } else { issue() }
     }

@@ -9,7 +9,7 @@ use mica::core::certificate::Certificate;
 use mica::core::lifetime::Lifetime;
 
 use super::{WEB, start};
-use crate::serve::{Mica, Place, mtls};
+use crate::serve::{Mica, Place, mtls, wait_for};
 
 fn target(place: &Place, mica: &Mica, folder: &Path) -> Target {
     Target {
@@ -45,6 +45,42 @@ async fn sixty_four_requests_at_once_on_one_connection_are_all_granted() {
     }
     asking.join_all().await;
     assert!(mica.metric("citadel_server_success_cert_issuance_count") >= 640.0);
+    mica.stop();
+}
+
+/// Lines are gathered, and each leaves before the answer that it is about; also if the client did not wait for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_of_the_log_leaves_before_its_answer_and_soon_without_one() {
+    let (place, mica, folder) = start(&[]);
+    let client = Client::connect(target(&place, &mica, &folder)).await.unwrap();
+    let mut asking = tokio::task::JoinSet::new();
+    for n in 0..200 {
+        if asking.len() == 8 {
+            asking.join_next().await.unwrap().unwrap();
+        }
+        let (client, log) = (client.clone(), mica.log_path());
+        asking.spawn(async move {
+            let answer = leaf(&client.create_certificate(&wanted()).await.unwrap());
+            let log = std::fs::read_to_string(log).unwrap();
+            assert!(log.contains(&answer.serial_text()), "{n}: {}", answer.serial_text());
+        });
+    }
+    asking.join_all().await;
+    for n in 0..200 {
+        let patience = Duration::from_micros(n * 20);
+        let client = Client::connect(target(&place, &mica, &folder)).await.unwrap();
+        let _ = tokio::time::timeout(patience, client.create_certificate(&wanted())).await;
+        if n % 2 == 0 {
+            drop(client);
+        }
+    }
+    let counted = || mica.metric("mica_certificates_issued_total{why=\"request\"}") as usize;
+    wait_for(Duration::from_secs(10), "a line about each", || {
+        let before = counted();
+        std::thread::sleep(Duration::from_millis(200));
+        let lines = mica.log().lines().filter(|line| line.contains("\"why\":\"request\"")).count();
+        (before > 200 && lines == before && counted() == before).then_some(())
+    });
     mica.stop();
 }
 
