@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 
 use http::header::AUTHORIZATION;
 use hyper::rt::Executor;
+use hyper_util::rt::TokioExecutor;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::counter::Counter;
@@ -212,7 +213,7 @@ pub struct Tasks;
 
 impl<F: Future<Output = ()> + Unpin + Send + 'static> Executor<F> for Tasks {
     fn execute(&self, task: F) {
-        tokio::spawn(HandsOnLast(task));
+        TokioExecutor::new().execute(HandsOnLast(task));
     }
 }
 
