@@ -1,11 +1,8 @@
 //! PEM (RFC 7468): text blocks around DER. Text between blocks is passed over, as OpenSSL does; a block that is
 //! broken is an error and never skipped, since a bundle that silently loses a root is worse than none.
 
-use std::iter;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use memchr::memchr;
 use zeroize::Zeroizing;
 
 /// Longer input is refused before it is looked at.
@@ -84,7 +81,7 @@ pub fn blocks(text: &[u8]) -> Result<Vec<Block>, Error> {
         return Err(Error::TooLong(text.len()));
     }
     let mut found = Vec::new();
-    let mut lines = lines(text).map(<[u8]>::trim_ascii).zip(1..);
+    let mut lines = text.split(|b| *b == b'\n').map(<[u8]>::trim_ascii).zip(1..);
     while let Some((line, at)) = lines.next() {
         let Some(label) = boundary(line, b"-----BEGIN ") else { continue };
         let label = String::from_utf8_lossy(label).into_owned();
@@ -141,16 +138,6 @@ pub fn encode_into(text: &mut String, label: &str, der: &[u8]) {
     for part in ["-----END ", label, "-----\n"] {
         text.push_str(part);
     }
-}
-
-fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = Some(text);
-    iter::from_fn(move || {
-        let text = rest.take()?;
-        let Some(end) = memchr(b'\n', text) else { return Some(text) };
-        rest = Some(&text[end + 1..]);
-        Some(&text[..end])
-    })
 }
 
 fn boundary<'a>(line: &'a [u8], start: &[u8]) -> Option<&'a [u8]> {
