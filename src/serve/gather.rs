@@ -84,9 +84,8 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
     }
 
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.written == 0 {
-            telemetry::flush();
-        }
+        // Also when a part is written already: more answers may have come behind it.
+        telemetry::flush();
         while self.written < self.gathered.len() {
             let rest = &self.gathered[self.written..];
             match ready!(Pin::new(&mut self.stream).poll_write(cx, rest))? {

@@ -209,7 +209,7 @@ thread_local! {
 /// its answer is with the connection, which is thereby woken before whoever works next; and since the runtime runs first
 /// whom it woke last, several answers come together before the connection is polled.
 #[derive(Clone, Copy, Debug)]
-pub struct Tasks;
+pub(super) struct Tasks;
 
 impl<F: Future<Output = ()> + Unpin + Send + 'static> Executor<F> for Tasks {
     fn execute(&self, task: F) {
