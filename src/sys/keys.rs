@@ -1,7 +1,5 @@
 //! Randomness: keys and serial numbers.
 
-use std::cell::RefCell;
-
 use ring::rand::{SecureRandom as _, SystemRandom};
 use ring::signature::{
     ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair,
@@ -39,19 +37,9 @@ pub fn generate(kind: KeyKind) -> Result<PrivateKey, Error> {
     Ok(PrivateKey::from_generated(kind, pkcs8.as_ref())?)
 }
 
-/// Draws a serial number, of some that the system gave at once: to ask it takes longer than everything else here.
+/// Draws a serial number.
 pub fn serial_number() -> Result<SerialNumber, Error> {
-    const AT_ONCE: usize = 32;
-    thread_local! {
-        static DRAWN: RefCell<Vec<[u8; 16]>> = const { RefCell::new(Vec::new()) };
-    }
-    DRAWN.with_borrow_mut(|drawn| {
-        if drawn.is_empty() {
-            let bytes = random_bytes::<{ 16 * AT_ONCE }>()?;
-            drawn.extend(bytes.as_chunks().0);
-        }
-        drawn.pop().map(SerialNumber::from_random).ok_or(Error::Randomness)
-    })
+    random_bytes().map(SerialNumber::from_random)
 }
 
 /// Draws bytes, for salts and the like.
