@@ -104,8 +104,8 @@ impl CheckedCsr {
         if text.len() > 2 * MAX {
             return Err(Error::TooLong(text.len()));
         }
-        let mut blocks = pem::blocks(text)?;
-        let [block] = &mut blocks[..] else {
+        let blocks = pem::blocks(text)?;
+        let [block] = &blocks[..] else {
             return Err(if blocks.is_empty() {
                 pem::Error::Empty(pem::CSR).into()
             } else {
@@ -116,8 +116,7 @@ impl CheckedCsr {
         if block.label != pem::CSR && block.label != "NEW CERTIFICATE REQUEST" {
             return Err(Error::Label(block.label.clone()));
         }
-        // Need not be wiped.
-        Self::from_der(&std::mem::take(&mut *block.der))
+        Self::from_der(&block.der)
     }
 
     /// Reads DER.

@@ -1,6 +1,9 @@
 //! PEM (RFC 7468): text blocks around DER. Text between blocks is passed over, as OpenSSL does; a block that is
 //! broken is an error and never skipped, since a bundle that silently loses a root is worse than none.
 
+use std::io::BufRead as _;
+use std::ops::Deref;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::Zeroizing;
@@ -56,13 +59,13 @@ pub enum Error {
     },
 }
 
-/// One PEM block. The contents may be a private key and are wiped.
+/// One PEM block.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Block {
     /// What stands behind BEGIN.
     pub label: String,
     /// The contents.
-    pub der: Zeroizing<Vec<u8>>,
+    pub der: Contents,
     /// Where it begins, from 1.
     pub line: usize,
     /// RFC 1421 headers such as `DEK-Info`, which old OpenSSL keys carry when a passphrase protects them.
@@ -75,18 +78,51 @@ impl std::fmt::Debug for Block {
     }
 }
 
+/// What a block holds. A private key is wiped; to wipe what need not be takes as long as to read it.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Contents {
+    /// A private key, or something else that has it in its label.
+    Secret(Zeroizing<Vec<u8>>),
+    /// Anything else.
+    Public(Vec<u8>),
+}
+
+impl Contents {
+    fn of(label: &str, bytes: Vec<u8>) -> Self {
+        if label.contains("PRIVATE") { Self::Secret(Zeroizing::new(bytes)) } else { Self::Public(bytes) }
+    }
+
+    fn add(&mut self, more: &[u8]) {
+        match self {
+            Self::Secret(bytes) => bytes.extend_from_slice(more),
+            Self::Public(bytes) => bytes.extend_from_slice(more),
+        }
+    }
+}
+
+impl Deref for Contents {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Secret(bytes) => bytes,
+            Self::Public(bytes) => bytes,
+        }
+    }
+}
+
 /// All blocks of a text, in order; none is no error.
 pub fn blocks(text: &[u8]) -> Result<Vec<Block>, Error> {
     if text.len() > MAX {
         return Err(Error::TooLong(text.len()));
     }
     let mut found = Vec::new();
-    let mut lines = text.split(|b| *b == b'\n').map(<[u8]>::trim_ascii).zip(1..);
+    let mut lines = lines(text).map(<[u8]>::trim_ascii).zip(1..);
     while let Some((line, at)) = lines.next() {
         let Some(label) = boundary(line, b"-----BEGIN ") else { continue };
         let label = String::from_utf8_lossy(label).into_owned();
         // Room for any key: what grows leaves copies behind.
-        let mut body = Zeroizing::new(Vec::with_capacity(text.len().min(LONGEST_KEY)));
+        let mut body = Contents::of(&label, Vec::with_capacity(text.len().min(LONGEST_KEY)));
         let mut headers = false;
         loop {
             let Some((line, end)) = lines.next() else {
@@ -104,15 +140,12 @@ pub fn blocks(text: &[u8]) -> Result<Vec<Block>, Error> {
             if line.contains(&b':') {
                 headers = true;
             } else {
-                body.extend_from_slice(line);
+                body.add(line);
             }
         }
         let der = STANDARD.decode(&*body).map_err(|_| Error::NotBase64 { label: label.clone(), line: at })?;
-        if !label.contains("PRIVATE") {
-            // Need not be wiped.
-            drop(std::mem::take(&mut *body));
-        }
-        found.push(Block { label, der: Zeroizing::new(der), line: at, headers });
+        let der = Contents::of(&label, der);
+        found.push(Block { label, der, line: at, headers });
     }
     Ok(found)
 }
@@ -131,13 +164,25 @@ pub fn encode_into(text: &mut String, label: &str, der: &[u8]) {
     for part in ["-----BEGIN ", label, "-----\n"] {
         text.push_str(part);
     }
+    let mut encoded = [0; LINE * 4 / 3];
     for line in der.chunks(LINE) {
-        STANDARD.encode_string(line, text);
+        // It has room for a line of base64, which is ASCII.
+        let length = STANDARD.encode_slice(line, &mut encoded).unwrap_or_default();
+        text.push_str(str::from_utf8(&encoded[..length]).unwrap_or_default());
         text.push('\n');
     }
     for part in ["-----END ", label, "-----\n"] {
         text.push_str(part);
     }
+}
+
+/// Lines as they stand. The library looks for the end of one at many bytes at a time.
+fn lines(mut text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let line = text;
+        let length = text.skip_until(b'\n').ok().filter(|length| *length > 0)?;
+        Some(&line[..length])
+    })
 }
 
 fn boundary<'a>(line: &'a [u8], start: &[u8]) -> Option<&'a [u8]> {
@@ -158,6 +203,22 @@ mod tests {
             let read = read.unwrap();
             assert_eq!(read.len(), 2);
             assert!(read.iter().all(|block| *block.der == der && block.label == "X" && !block.headers));
+            assert_eq!(
+                blocks(text.trim_end().as_bytes()),
+                blocks(text.as_bytes()),
+                "without its last newline"
+            );
+        }
+        assert_eq!(blocks(b""), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn private_keys_are_wiped() {
+        for label in
+            [PRIVATE_KEY, ENCRYPTED_PRIVATE_KEY, "EC PRIVATE KEY", "RSA PRIVATE KEY", CERTIFICATE, CSR]
+        {
+            let read = blocks(encode(label, b"abc").as_bytes()).unwrap();
+            assert_eq!(matches!(read[0].der, Contents::Secret(_)), label.ends_with("KEY"), "{label}");
         }
     }
 
