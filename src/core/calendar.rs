@@ -53,7 +53,7 @@ impl fmt::Display for Spread {
 }
 
 /// How many stretches a window is looked at in.
-const STRETCHES: u64 = 64;
+const STRETCHES: u64 = 32;
 /// Seconds for the two hours ahead, which lifetimes of up to four hours need.
 const SECONDS: usize = 8_192;
 /// Minutes for the 45 days ahead, half of 90.
@@ -199,11 +199,17 @@ fn lifetime_of(renewal_after: u64) -> u64 {
     short
 }
 
-/// The one of `count` that costs least; of equals the first from one on that is drawn.
+/// The one of `count` that costs least; of equals the first from one on that is drawn. Costs are asked for in order.
 fn least_of(count: u64, draw: u64, mut cost: impl FnMut(u64) -> u64) -> u64 {
     let from = draw % count;
-    let behind = |at: u64| if at < from { at + count - from } else { at - from };
-    (0..count).min_by_key(|at| (cost(*at), behind(*at))).unwrap_or(0)
+    let (mut least, mut found) = (cost(0), 0);
+    for at in 1..count {
+        let cost = cost(at);
+        if cost < least || cost == least && found < from && at >= from {
+            (least, found) = (cost, at);
+        }
+    }
+    found
 }
 
 /// A number below `count`, by lot.
