@@ -49,14 +49,19 @@ pub fn start(format: Option<LogFormat>, level: Level) {
     }
 }
 
-/// Lines that are not written yet.
+/// Lines that are not written yet. Nothing waits while it is locked.
 static GATHERED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+/// Those that are being written. Locked before [`GATHERED`], so that all stay in their order.
+static LEAVING: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 /// That there are some.
 static SOME: Notify = Notify::const_new();
 /// More is written at once.
 const MOST_GATHERED: usize = 16 * 1024;
 /// A line that is gathered waits no longer for [`flush`].
 const PATIENCE: Duration = Duration::from_millis(5);
+
+/// What the line of an issuance fits in.
+const USUAL: usize = 512;
 
 thread_local! {
     static GATHERS: Cell<bool> = const { Cell::new(false) };
@@ -78,7 +83,7 @@ pub fn gather<R>(work: impl FnOnce() -> R) -> R {
 /// Writes what was gathered.
 pub fn flush() {
     // Nobody could be told that it cannot be written.
-    let _ = write_out(&mut gathered());
+    let _ = write_out();
 }
 
 /// Writes what nobody else does, soon, for ever.
@@ -90,13 +95,16 @@ pub async fn keep_flushed() {
     }
 }
 
-fn gathered() -> MutexGuard<'static, Vec<u8>> {
-    GATHERED.lock().unwrap_or_else(PoisonError::into_inner)
+fn locked(lines: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
+    lines.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn write_out(lines: &mut Vec<u8>) -> io::Result<()> {
-    let written = if lines.is_empty() { Ok(()) } else { io::stderr().write_all(lines) };
-    lines.clear();
+/// Returns when all that was gathered before is written, by whomever.
+fn write_out() -> io::Result<()> {
+    let mut leaving = locked(&LEAVING);
+    std::mem::swap(&mut *leaving, &mut *locked(&GATHERED));
+    let written = if leaving.is_empty() { Ok(()) } else { io::stderr().write_all(&leaving) };
+    leaving.clear();
     written
 }
 
@@ -105,11 +113,14 @@ struct Log;
 
 impl io::Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut lines = gathered();
-        let first = lines.is_empty();
-        lines.extend_from_slice(line);
-        if !GATHERS.get() || lines.len() >= MOST_GATHERED {
-            write_out(&mut lines)?;
+        let (first, length) = {
+            let mut lines = locked(&GATHERED);
+            let first = lines.is_empty();
+            lines.extend_from_slice(line);
+            (first, lines.len())
+        };
+        if !GATHERS.get() || length >= MOST_GATHERED {
+            write_out()?;
         } else if first {
             SOME.notify_one();
         }
@@ -141,91 +152,108 @@ where
             return self.0.format_event(context, writer, event);
         }
         let metadata = event.metadata();
-        writer.write_str("{\"timestamp\":\"")?;
-        SystemTime.format_time(&mut writer)?;
-        write!(writer, "\",\"level\":\"{}\"", metadata.level())?;
-        let mut fields = Fields { writer: writer.by_ref(), written: Ok(()) };
+        let mut line = String::with_capacity(USUAL);
+        line.push_str("{\"timestamp\":\"");
+        SystemTime.format_time(&mut Writer::new(&mut line))?;
+        for text in ["\",\"level\":\"", metadata.level().as_str(), "\""] {
+            line.push_str(text);
+        }
+        let mut fields = Fields { line, written: Ok(()) };
         event.record(&mut fields);
-        fields.written?;
-        writer.write_str(",\"target\":\"")?;
-        Escaped(&mut writer).write_str(metadata.target())?;
-        writer.write_str("\"}\n")
+        let Fields { mut line, written } = fields;
+        written?;
+        for text in [",\"target\":\"", metadata.target(), "\"}\n"] {
+            line.push_str(text);
+        }
+        writer.write_str(&line)
     }
 }
 
-struct Fields<'a> {
-    writer: Writer<'a>,
+struct Fields {
+    line: String,
     written: std_fmt::Result,
 }
 
-impl Fields<'_> {
-    fn put(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> std_fmt::Result) {
+impl Fields {
+    fn name(&mut self, field: &Field) {
         let name = field.name();
-        let name = name.strip_prefix("r#").unwrap_or(name);
-        let writer = &mut self.writer;
-        self.written =
-            self.written.and_then(|()| write!(writer, ",\"{name}\":")).and_then(|()| value(writer));
+        for text in [",\"", name.strip_prefix("r#").unwrap_or(name), "\":"] {
+            self.line.push_str(text);
+        }
+    }
+
+    fn put(&mut self, field: &Field, value: std_fmt::Arguments<'_>) {
+        self.name(field);
+        self.written = self.written.and(self.line.write_fmt(value));
     }
 }
 
-impl Visit for Fields<'_> {
+impl Visit for Fields {
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.put(field, |writer| write!(writer, "{value}"));
+        self.put(field, format_args!("{value}"));
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.put(field, |writer| write!(writer, "{value}"));
+        self.put(field, format_args!("{value}"));
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.put(field, |writer| write!(writer, "{value}"));
+        self.put(field, format_args!("{value}"));
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.put(field, |writer| {
-            if value.is_finite() { write!(writer, "{value:?}") } else { writer.write_str("null") }
-        });
+        if value.is_finite() {
+            self.put(field, format_args!("{value:?}"));
+        } else {
+            self.put(field, format_args!("null"));
+        }
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, |writer| {
-            writer.write_char('"')?;
-            Escaped(writer).write_str(value)?;
-            writer.write_char('"')
-        });
+        self.name(field);
+        self.line.push('"');
+        escape(&mut self.line, value);
+        self.line.push('"');
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn std_fmt::Debug) {
-        self.put(field, |writer| {
-            writer.write_char('"')?;
-            write!(Escaped(writer), "{value:?}")?;
-            writer.write_char('"')
-        });
+        self.name(field);
+        self.line.push('"');
+        self.written = self.written.and(write!(Escaped(&mut self.line), "{value:?}"));
+        self.line.push('"');
     }
 }
 
 /// Escapes what may not stand in a JSON text (RFC 8259 7).
-struct Escaped<'a, W>(&'a mut W);
+struct Escaped<'a>(&'a mut String);
 
-impl<W: std_fmt::Write> std_fmt::Write for Escaped<'_, W> {
+impl std_fmt::Write for Escaped<'_> {
     fn write_str(&mut self, text: &str) -> std_fmt::Result {
-        let mut plain = 0;
-        for (at, byte) in text.bytes().enumerate() {
-            if byte >= 0x20 && byte != b'"' && byte != b'\\' {
-                continue;
+        escape(self.0, text);
+        Ok(())
+    }
+}
+
+fn escape(line: &mut String, text: &str) {
+    let is_plain = |byte: u8| byte >= 0x20 && byte != b'"' && byte != b'\\';
+    // All of it at once is faster than up to the first, which is hardly ever there.
+    if text.bytes().fold(true, |plain, byte| plain & is_plain(byte)) {
+        return line.push_str(text);
+    }
+    for character in text.chars() {
+        match character {
+            '"' => line.push_str("\\\""),
+            '\\' => line.push_str("\\\\"),
+            '\n' => line.push_str("\\n"),
+            '\r' => line.push_str("\\r"),
+            '\t' => line.push_str("\\t"),
+            '\0'..' ' => {
+                let byte = character as u8;
+                line.extend(["\\u00", if byte < 0x10 { "0" } else { "1" }]);
+                line.extend(char::from_digit(u32::from(byte & 0x0f), 16));
             }
-            self.0.write_str(&text[plain..at])?;
-            plain = at + 1;
-            match byte {
-                b'"' => self.0.write_str("\\\""),
-                b'\\' => self.0.write_str("\\\\"),
-                b'\n' => self.0.write_str("\\n"),
-                b'\r' => self.0.write_str("\\r"),
-                b'\t' => self.0.write_str("\\t"),
-                other => write!(self.0, "\\u{other:04x}"),
-            }?;
+            other => line.push(other),
         }
-        self.0.write_str(&text[plain..])
     }
 }
 
