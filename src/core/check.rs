@@ -1,9 +1,7 @@
 //! The second look: a finished certificate is read anew and compared with what it should be, before it leaves. A fault
 //! of the builder so becomes an error instead of a certificate.
 
-use pkcs8::der::Decode as _;
-use pkcs8::der::asn1::UtcTime;
-use time::OffsetDateTime;
+use time::{Date, OffsetDateTime};
 use x509_parser::oid_registry::{
     OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER, OID_X509_EXT_BASIC_CONSTRAINTS, OID_X509_EXT_EXTENDED_KEY_USAGE,
     OID_X509_EXT_KEY_USAGE, OID_X509_EXT_SUBJECT_ALT_NAME, OID_X509_EXT_SUBJECT_KEY_IDENTIFIER,
@@ -73,15 +71,27 @@ fn moments(validity: Value<'_>) -> Option<[OffsetDateTime; 2]> {
     let mut next = || {
         let time = times.next()?;
         match time.tag {
-            der::UTC_TIME => {
-                let since = UtcTime::from_der(time.whole).ok()?.to_unix_duration();
-                OffsetDateTime::UNIX_EPOCH.checked_add(since.try_into().ok()?)
-            }
+            der::UTC_TIME => utc_time(time.contents),
             _ => generalized_time(time.whole),
         }
     };
     let found = [next()?, next()?];
     (validity.tag == der::SEQUENCE && times.is_over()).then_some(found)
+}
+
+/// YYMMDDhhmmssZ, of the years 1950 to 2049 (RFC 5280 4.1.2.5.1).
+fn utc_time(text: &[u8]) -> Option<OffsetDateTime> {
+    let (digits, b"Z") = text.split_at_checked(12)? else { return None };
+    let mut numbers = [0; 6];
+    for (number, digits) in numbers.iter_mut().zip(digits.chunks_exact(2)) {
+        for digit in digits {
+            *number = *number * 10 + digit.checked_sub(b'0').filter(|digit| *digit < 10)?;
+        }
+    }
+    let [year, month, day, hour, minute, second] = numbers;
+    let year = if year < 50 { 2000 } else { 1900 } + i32::from(year);
+    let day = Date::from_calendar_date(year, month.try_into().ok()?, day).ok()?;
+    Some(day.with_hms(hour, minute, second).ok()?.assume_utc())
 }
 
 /// A bit of its own, whether it is what it should be, and its name. What is the same in all certificates of a profile is
@@ -116,7 +126,7 @@ fn extension_fits(found: Value<'_>, expected: &Template<'_>) -> Option<(u8, bool
         };
         (4, !critical && fits, "extended key usage")
     } else if oid == OID_X509_EXT_SUBJECT_KEY_IDENTIFIER.as_bytes() {
-        let fits = value.strip_prefix(&[4, 20]) == Some(&expected.key.identifier());
+        let fits = value.strip_prefix(&[4, 20]) == Some(&expected.identifier);
         (8, !critical && fits, "subject key identifier")
     } else if oid == OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER.as_bytes() {
         let fits = der::sequence(value).is_some_and(|mut found| {
@@ -165,6 +175,9 @@ fn names_fit(value: &[u8], expected: &Template<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use pkcs8::der::Decode as _;
+    use pkcs8::der::asn1::UtcTime;
+    use proptest::prelude::*;
     use time::macros::datetime;
 
     use super::super::certificate::SerialNumber;
@@ -175,6 +188,19 @@ mod tests {
     use super::super::spiffe::{SpiffeId, TrustDomain};
     use super::*;
     use crate::sys::keys;
+
+    proptest! {
+        /// Against the `der` crate, which knows nothing before 1970.
+        #[test]
+        fn a_time_is_what_others_read(text in "([0-9][0-9](0[0-9]|1[0-3])[0-3][0-9][0-2][0-9][0-6][0-9][0-6][0-9]Z?|[0-9]{10,14}.?)") {
+            let mut der = Writer::with_capacity(20);
+            der.primitive(der::UTC_TIME, text.as_bytes());
+            let theirs = UtcTime::from_der(&der.finish()).ok();
+            let theirs = theirs.map(|time| OffsetDateTime::UNIX_EPOCH + time.to_unix_duration());
+            let ours = utc_time(text.as_bytes()).filter(|time| *time >= OffsetDateTime::UNIX_EPOCH);
+            prop_assert_eq!(ours, theirs);
+        }
+    }
 
     /// With a signature that nobody looks at here.
     fn written(template: &Template<'_>) -> Vec<u8> {
@@ -231,6 +257,7 @@ mod tests {
             validity,
             subject: EMPTY_NAME,
             key: &own,
+            identifier: own.identifier(),
         };
         for (made, number) in profiles.iter().zip(0..) {
             let der = written(&of(made));
@@ -248,6 +275,7 @@ mod tests {
             (Template { validity: later, ..of(&plain) }, "validity"),
             (Template { subject: &name, ..of(&plain) }, "subject"),
             (Template { key: &other, ..of(&plain) }, "public key"),
+            (Template { identifier: other.identifier(), ..of(&plain) }, "subject key identifier"),
         ] {
             assert_eq!(check(&der, &expected), Err(Error(what)));
         }

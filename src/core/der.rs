@@ -83,9 +83,12 @@ impl Writer {
             return;
         }
         let bytes = length.to_be_bytes();
-        let skip = length.leading_zeros() as usize / 8;
-        self.0[at] = 0x80 | (bytes.len() - skip) as u8;
-        self.0.splice(at + 1..at + 1, bytes[skip..].iter().copied());
+        let digits = &bytes[length.leading_zeros() as usize / 8..];
+        self.0[at] = 0x80 | digits.len() as u8;
+        let (begin, end) = (at + 1, self.0.len());
+        self.0.extend_from_slice(digits);
+        self.0.copy_within(begin..end, begin + digits.len());
+        self.0[begin..][..digits.len()].copy_from_slice(digits);
     }
 
     pub(crate) fn sequence(&mut self, contents: impl FnOnce(&mut Self)) {

@@ -298,6 +298,7 @@ impl Issuer {
                 validity,
                 subject: &order.profile.subject(order.key),
                 key: order.key,
+                identifier: order.key.identifier(),
             },
         )
     }
@@ -368,6 +369,7 @@ pub fn root(
             validity: Validity::below(None, now, lifetime),
             subject: &subject,
             key: public,
+            identifier: public.identifier(),
         },
     )
 }

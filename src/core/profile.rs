@@ -180,6 +180,8 @@ pub(crate) struct Template<'a> {
     pub(crate) validity: Validity,
     pub(crate) subject: &'a [u8],
     pub(crate) key: &'a PublicKey,
+    /// The key's identifier.
+    pub(crate) identifier: [u8; 20],
 }
 
 impl Template<'_> {
@@ -226,7 +228,7 @@ impl Template<'_> {
             });
         }
         extension(w, SUBJECT_KEY_IDENTIFIER, false, |w| {
-            w.primitive(der::OCTET_STRING, &self.key.identifier());
+            w.primitive(der::OCTET_STRING, &self.identifier);
         });
         extension(w, AUTHORITY_KEY_IDENTIFIER, false, |w| {
             w.sequence(|w| w.primitive(der::implicit(0), self.authority_identifier));
@@ -291,8 +293,8 @@ fn digits(at: OffsetDateTime) -> [u8; 15] {
     let (hour, minute, second) = at.to_hms();
     let pairs = [(year / 100) as u8, (year % 100) as u8, u8::from(month), day, hour, minute, second];
     let mut text = [b'Z'; 15];
-    for (two, n) in text.chunks_exact_mut(2).zip(pairs) {
-        two.copy_from_slice(&[b'0' + n / 10, b'0' + n % 10]);
+    for (two, n) in text.as_chunks_mut().0.iter_mut().zip(pairs) {
+        *two = [b'0' + n / 10, b'0' + n % 10];
     }
     text
 }
