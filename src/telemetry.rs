@@ -51,10 +51,10 @@ pub fn start(format: Option<LogFormat>, level: Level) {
 
 /// Lines that are not written yet. Nothing waits while it is locked.
 static GATHERED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
-/// Those that are being written. Locked before [`GATHERED`], so that all stay in their order.
-static LEAVING: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 /// That there are some.
 static SOME: Notify = Notify::const_new();
+/// Those that are being written. Locked before [`GATHERED`], so that all stay in their order.
+static LEAVING: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 /// More is written at once.
 const MOST_GATHERED: usize = 16 * 1024;
 /// A line that is gathered waits no longer for [`flush`].
@@ -162,9 +162,9 @@ where
         event.record(&mut fields);
         let Fields { mut line, written } = fields;
         written?;
-        for text in [",\"target\":\"", metadata.target(), "\"}\n"] {
-            line.push_str(text);
-        }
+        line.push_str(",\"target\":\"");
+        escape(&mut line, metadata.target());
+        line.push_str("\"}\n");
         writer.write_str(&line)
     }
 }
@@ -304,7 +304,7 @@ mod tests {
         let place = kept.clone();
         let builder = fmt().with_writer(move || place.clone()).json().flatten_event(true);
         let events = || {
-            let evil = "a \"quoted\" \\ line\nand\u{1}\u{7f} é\r\t";
+            let evil = "a \"quoted\" \\ line\nand\u{1}\u{8}\u{c}\u{10}\u{1f}\u{7f} é\r\t";
             let nothing: Option<&str> = None;
             tracing::info!(evil, shown = %evil, known = ?evil, nothing, some = Some(4), "one {evil}");
             tracing::warn!(a = -1, b = 2u64, c = true, d = 0.5, e = f64::NAN, f = 1e300, r#type = "x");

@@ -332,6 +332,20 @@ mod tests {
         peaks
     }
 
+    proptest! {
+        #[test]
+        fn of_equal_costs_the_first_from_the_drawn_one_on_is_taken(
+            costs in prop::collection::vec(0..4_u64, 1..40),
+            draw: u64,
+        ) {
+            let count = costs.len() as u64;
+            let least = costs.iter().min().unwrap();
+            let drawn = draw % count;
+            let expected = (0..count).map(|n| (drawn + n) % count).find(|at| costs[*at as usize] == *least);
+            prop_assert_eq!(Some(least_of(count, draw, |at| costs[at as usize])), expected);
+        }
+    }
+
     #[test]
     fn a_herd_of_20_000_is_level_by_the_third_renewal() {
         let herd = [(DAY, 20_000)];

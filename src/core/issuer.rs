@@ -430,6 +430,9 @@ mod tests {
                 };
                 let issued = issuer.issue(&order, NOW, keys::serial_number().unwrap()).unwrap();
                 let leaf = Certificate::from_der(issued.der()).unwrap();
+                let root = &issuer.bundle().roots()[0];
+                assert_eq!(leaf.key_identifier.as_deref(), Some(&key.public().identifier()[..]));
+                assert_eq!(root.key_identifier.as_deref(), Some(&issuer.key.public().identifier()[..]));
                 assert_eq!(chain::verify(&[leaf], issuer.bundle(), Some(&id), NOW), Ok(id));
             }
         }

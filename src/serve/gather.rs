@@ -84,8 +84,10 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
     }
 
     fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // Also when a part is written already: more answers may have come behind it.
-        telemetry::flush();
+        if self.written < self.gathered.len() {
+            // Also when a part is written already: more answers may have come behind it.
+            telemetry::flush();
+        }
         while self.written < self.gathered.len() {
             let rest = &self.gathered[self.written..];
             match ready!(Pin::new(&mut self.stream).poll_write(cx, rest))? {

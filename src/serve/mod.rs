@@ -143,7 +143,10 @@ pub async fn serve(
         () = stop => {}
     }
     drop((alive, going_on));
-    while connections.join_next().await.is_some() {}
+    tokio::select! {
+        () = async { while connections.join_next().await.is_some() {} } => {}
+        () = telemetry::keep_flushed() => {}
+    }
     Ok(())
 }
 
