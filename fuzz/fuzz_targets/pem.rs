@@ -17,6 +17,6 @@ fuzz_target!(|data: &[u8]| {
     let again = pem::blocks(text.as_bytes()).expect("what Mica writes");
     assert_eq!(again.len(), blocks.len());
     for (one, other) in again.iter().zip(&blocks) {
-        assert_eq!((&one.label, &one.der), (&other.label, &other.der));
+        assert_eq!((&one.label, &one.der[..]), (&other.label, &other.der[..]));
     }
 });
