@@ -164,11 +164,8 @@ pub fn encode_into(text: &mut String, label: &str, der: &[u8]) {
     for part in ["-----BEGIN ", label, "-----\n"] {
         text.push_str(part);
     }
-    let mut encoded = [0; LINE * 4 / 3];
     for line in der.chunks(LINE) {
-        // It has room for a line of base64, which is ASCII.
-        let length = STANDARD.encode_slice(line, &mut encoded).unwrap_or_default();
-        text.push_str(str::from_utf8(&encoded[..length]).unwrap_or_default());
+        STANDARD.encode_string(line, text);
         text.push('\n');
     }
     for part in ["-----END ", label, "-----\n"] {
