@@ -298,7 +298,6 @@ impl Issuer {
                 validity,
                 subject: &order.profile.subject(order.key),
                 key: order.key,
-                identifier: order.key.identifier(),
             },
         )
     }
@@ -369,7 +368,6 @@ pub fn root(
             validity: Validity::below(None, now, lifetime),
             subject: &subject,
             key: public,
-            identifier: public.identifier(),
         },
     )
 }

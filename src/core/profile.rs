@@ -180,8 +180,6 @@ pub(crate) struct Template<'a> {
     pub(crate) validity: Validity,
     pub(crate) subject: &'a [u8],
     pub(crate) key: &'a PublicKey,
-    /// The key's identifier.
-    pub(crate) identifier: [u8; 20],
 }
 
 impl Template<'_> {
@@ -228,7 +226,7 @@ impl Template<'_> {
             });
         }
         extension(w, SUBJECT_KEY_IDENTIFIER, false, |w| {
-            w.primitive(der::OCTET_STRING, &self.identifier);
+            w.primitive(der::OCTET_STRING, &self.key.identifier());
         });
         extension(w, AUTHORITY_KEY_IDENTIFIER, false, |w| {
             w.sequence(|w| w.primitive(der::implicit(0), self.authority_identifier));
